@@ -255,11 +255,6 @@ class Settings(BaseSettings):
         "flight have arrived.",
         unit="seconds",
     )
-    order_number_gap: PositiveInt = COMMIT.setting(
-        100,
-        "The number of order numbers that are skipped after the mirror lost its data, because they may be in use.",
-        unit="numbers",
-    )
 
     retry_steps_ms: Steps = TOPOLOGY.setting(
         (1_000, 10_000, 60_000, 300_000),

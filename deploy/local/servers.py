@@ -16,7 +16,7 @@ import socket
 import time
 import urllib.error
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deploy.local import database
@@ -127,9 +127,13 @@ class Redis(Server):
 
     name = "redis"
 
-    def __init__(self, directory: Path, log: Path, programs: Programs, *, port: int) -> None:
+    def __init__(
+        self, directory: Path, log: Path, programs: Programs, *, port: int, arguments: Sequence[str] = ()
+    ) -> None:
+        """`arguments`: more arguments of the server, such as `--cluster-enabled yes`."""
         super().__init__(directory, log, {"TICKETRAIL_REDIS_PORT": port})
         self._program = programs.redis_server
+        self._arguments = arguments
         self.port = port
         self.url = f"redis://{HOST}:{port}/0"
 
@@ -146,8 +150,12 @@ class Redis(Server):
             "appendonly": "yes",
             "appendfsync": "everysec",
             "save": "",  # disables snapshots: the append-only file is enough, and a snapshot can double the memory
+            # An hour after its last replica left, a server would free its backlog and take another replication id. The
+            # mirror would then be cold for a few seconds without need (scripts/identity.lua).
+            "repl-backlog-ttl": "0",
         }
         command = [str(self._program), *(part for name, value in options.items() for part in (f"--{name}", value))]
+        command += self._arguments
         self._children = [Child.spawn(command, log=self.log, env=_environment(), cwd=self.directory)]
 
     def _answers(self) -> bool:

@@ -195,6 +195,7 @@ async def readiness(parts: OrdersParts) -> tuple[bool, dict[str, Any]]:
         },
         "heartbeat_age_seconds": age,
         "heartbeats": "stale" if stale else "fresh",
+        **await parts.rail_parts.clock_details(),
     }
     return parts.menus.loaded and (parts.rail_parts.publisher.connected or parts.journal.opened), details
 

@@ -102,6 +102,7 @@ async def readiness(parts: SyncApiParts) -> tuple[bool, dict[str, Any]]:
         details["mirror"] = "warm" if await parts.rail_parts.mirror.is_warm() else "cold"
     except (MirrorUnavailable, MirrorInDoubt):
         details["mirror"] = "unavailable"
+    details |= await parts.rail_parts.clock_details()
     return details["postgres"] or details["mirror"] != "unavailable", details
 
 
@@ -127,6 +128,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        await parts.rail_parts.check_mirror()
         await parts.rail_parts.publisher.start(wait=3.0)
         log.info("started", port=settings.sync_port)
         yield

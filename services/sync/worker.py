@@ -178,6 +178,7 @@ async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bo
         "postgres_writer": parts.postgres_writer.state(),
         "mirror": "warm" if parts.mirror_writer.warm else "cold",
         "feed": parts.feed_loop.state(),
+        **await parts.rail_parts.clock_details(),
     }
 
 

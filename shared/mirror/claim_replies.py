@@ -12,7 +12,7 @@ class Claimed(Struct, frozen=True):
 
 
 class Cold(Struct, frozen=True):
-    """The mirror takes no claims, because the mirror writer has not filled it since its server started."""
+    """The mirror takes no claims, because the mirror writer has not filled it since it was lost."""
 
 
 class Busy(Struct, frozen=True):

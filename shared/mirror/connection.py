@@ -7,7 +7,12 @@ warm hosts the one that has applied the most of the log.
 A call raises
 
     MirrorUnavailable  nothing was done: no connection, the breaker is open, or the server takes no writes
-    MirrorInDoubt      the command got no reply: the server may have executed it, or may execute it when it wakes
+    MirrorInDoubt      the command got no reply: the server may have executed it, or may execute it when it wakes. Any
+                       other error of the server counts as in doubt too, because a script that fails keeps what it has
+                       written
+
+Each connection begins with scripts/probe.lua. A server that cannot be a mirror raises MirrorMisconfigured, which says
+what to set.
 
 After a failure the breaker opens for a growing, jittered time, in which every call raises MirrorUnavailable at once.
 The first call after that time starts a probe and waits for it for at most `_PROBE_TIMEOUT_SECONDS`. The other calls
@@ -26,7 +31,14 @@ from hiredis import pack_command
 from redis.asyncio.connection import Connection, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    MasterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
 
 from shared.backoff import backoff
 from shared.host_urls import host_urls
@@ -36,7 +48,7 @@ log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _MAX_PIPELINE_COMMANDS = 512
-_SCRIPT_PARTS = ("stock", "order_number")
+_SCRIPT_PARTS = ("identity", "stock", "order_number")
 # A server that is available again answers a probe in a few milliseconds.
 _PROBE_TIMEOUT_SECONDS = 0.1
 
@@ -56,7 +68,8 @@ class MirrorInDoubt(Exception):
 
 
 class MirrorMisconfigured(MirrorUnavailable):
-    """The server may evict data. It is therefore not used, and a service refuses to start with it."""
+    """The server cannot be a mirror: it is in cluster mode, may evict data, or refuses a command that the mirror needs.
+    A service refuses to start with it."""
 
 
 class _Call:
@@ -86,6 +99,7 @@ class MirrorConnection:
             path.name.removesuffix(".lua"): path.read_text() for path in folder.iterdir() if path.name.endswith(".lua")
         }
         self._scripts = {name: _with_parts(text, texts) for name, text in texts.items() if name not in _SCRIPT_PARTS}
+        self._probe_script = self._scripts.pop("probe")
         self._timeout = timeout
         self._max_pipeline_commands = max_pipeline_commands
         self._shas: dict[str, str] = {}
@@ -103,6 +117,11 @@ class MirrorConnection:
         """Returns the server's time `within` seconds from now, in Unix milliseconds, or None before the first
         connection."""
         return None if self._clock is None else int((time.monotonic() + self._clock + within) * 1000)
+
+    async def clock_skew_seconds(self) -> float:
+        """Returns the number of seconds by which the server's clock is ahead of this host's. Raises like `call`."""
+        seconds, micros = await self.call("TIME")
+        return int(seconds) + int(micros) / 1e6 - time.time()
 
     def reconnect(self) -> None:
         """Makes the next call open a new connection, because the server's clock has jumped."""
@@ -126,7 +145,7 @@ class MirrorConnection:
 
     async def call(self, *command: Argument) -> Any:
         """Sends one command and returns its reply as bytes, lists and integers. Raises MirrorUnavailable and
-        MirrorInDoubt, and redis-py's ResponseError if the server replies with an error."""
+        MirrorInDoubt."""
         if not self.available:
             raise MirrorUnavailable("the mirror did not answer a moment ago")
         if self._failures:
@@ -168,7 +187,7 @@ class MirrorConnection:
             return await self.call(f"\0{name}", len(keys), *keys, *arguments)
 
     async def check(self) -> None:
-        """Connects. Raises MirrorMisconfigured if the server may evict data, and MirrorUnavailable."""
+        """Connects. Raises MirrorMisconfigured if the server cannot be a mirror, and MirrorUnavailable."""
         await self.call("PING")
 
     async def close(self) -> None:
@@ -197,8 +216,7 @@ class MirrorConnection:
             try:
                 # The time limit is the timeout of one call, plus 1/64 of it for each call in the pipeline.
                 async with asyncio.timeout(self._timeout * (1 + len(calls) / 64)):
-                    await self._round_trip(calls)
-                self._failures = 0
+                    healthy = await self._round_trip(calls)
             except Exception as error:  # noqa: BLE001  (uvloop raises RuntimeError for a reset connection)
                 self._trip()
                 log.warning("mirror_lost", error=str(error) or type(error).__name__, calls=len(calls))
@@ -208,11 +226,19 @@ class MirrorConnection:
             except asyncio.CancelledError:
                 self._fail(calls, MirrorInDoubt("the connection was closed"))
                 raise
+            if not healthy:
+                self._trip()
+                self._fail(self._take(), MirrorUnavailable("the server refused every call"))
+                return
+            self._failures = 0
 
-    async def _round_trip(self, calls: list[_Call]) -> None:
+    async def _round_trip(self, calls: list[_Call]) -> bool:
+        """Sends the calls and settles their replies. Returns False if the server replied to none of them without an
+        unknown error. An unknown error beside other replies is the fault of its own keys."""
         # hiredis packs the commands: redis-py's packing in Python took a tenth of the time of an order.
         packed = b"".join([pack_command(self._command(call.command)) for call in calls])
         await self._connection.send_packed_command(packed, check_health=False)
+        unknown = 0
         for call in calls:
             try:
                 # `timeout=` is not passed here, because redis-py would return None at a timeout and keep the
@@ -222,11 +248,19 @@ class MirrorConnection:
             except ResponseError as error:
                 if isinstance(error, ReadOnlyError):
                     self._must_reconnect = True  # the primary became a replica, so another host is the primary now
+                failure: Exception = error
+                if _takes_no_writes(error):
+                    failure = MirrorUnavailable(str(error))
+                elif not isinstance(error, NoScriptError):
+                    unknown += 1
+                    log.error("mirror_refused", error=str(error), command=str(call.command[0]).strip("\0"))
+                    failure = MirrorInDoubt(str(error))
                 if not call.reply.done():
-                    call.reply.set_exception(MirrorUnavailable(str(error)) if _takes_no_writes(error) else error)
+                    call.reply.set_exception(failure)
                 continue
             if not call.reply.done():
                 call.reply.set_result(reply)
+        return unknown < len(calls)
 
     def _command(self, command: tuple[Argument, ...]) -> Any:
         name = command[0]
@@ -249,9 +283,6 @@ class MirrorConnection:
     async def _connect(self) -> None:
         connection = await self._connect_to_primary()
         try:
-            memory = await _ask(connection, "INFO", "memory")
-            if b"maxmemory_policy:noeviction" not in memory:
-                raise MirrorMisconfigured("Redis must run with maxmemory-policy noeviction, or it would evict claims")
             # The clock is read before the request, so that a slow reply makes the deadlines of claims too late rather
             # than too early.
             asked_at = time.monotonic()
@@ -274,24 +305,19 @@ class MirrorConnection:
                 await primary[1].disconnect(nowait=True)
         if best is None:
             errors = [answer for answer in found if isinstance(answer, BaseException)]
-            raise next((error for error in errors if not isinstance(error, MirrorUnavailable)), errors[0])
+            raise min(errors, key=_precedence)
         return best[1]
 
     async def _examine(self, host: dict[str, Any]) -> tuple[tuple[bool, int], Any]:
         """Connects to a host. Returns ((whether the host is warm, its offset in the log), the connection). Raises
-        MirrorUnavailable for a replica."""
+        MirrorUnavailable for a replica, and MirrorMisconfigured."""
         options = {**host, **self._options}
         connection = options.pop("connection_class", Connection)(**options)
         try:
             async with asyncio.timeout(2 * self._timeout):
                 await connection.connect()
-                if b"role:master" not in await _ask(connection, "INFO", "replication"):
-                    raise MirrorUnavailable("the host is a replica, which takes no writes")
-                if len(self._hosts) == 1:
-                    return (False, 0), connection
-                server = await _ask(connection, "INFO", "server")
-                stamp, offset = await _ask(connection, "GET", WARM), await _ask(connection, "HGET", LOG, "offset")
-            return (stamp is not None and b"run_id:" + stamp in server, int(offset or 0)), connection
+                found = await _ask(connection, "EVAL", self._probe_script, 0, WARM, LOG)
+            return _usable(found, f"Redis at {host.get('host')}:{host.get('port', 6379)}"), connection
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
@@ -317,15 +343,56 @@ class MirrorConnection:
             self._closing = asyncio.ensure_future(connection.disconnect(nowait=True))
 
 
-async def _ask(connection: Any, *command: Argument) -> Any:
-    await connection.send_command(*command)
-    return await connection.read_response()
+async def _ask(connection: Any, name: str, *arguments: Argument) -> Any:
+    await connection.send_command(name, *arguments)
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        if isinstance(error, NoPermissionError) or "unknown command" in str(error).lower():
+            raise MirrorMisconfigured(
+                f"Redis refuses {name} ({error}), which the mirror needs: allow it to the user of TICKETRAIL_REDIS_URL"
+            ) from error
+        raise
 
 
-_REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY", "MASTERDOWN", "NOPERM", "NOAUTH")
+def _usable(probed: list[Any], server: str) -> tuple[bool, int]:
+    """Returns (whether the server is warm, its offset in the log) from the reply of probe.lua. Raises MirrorUnavailable
+    and MirrorMisconfigured."""
+    kind, *details = probed
+    match kind, details:
+        case b"primary", [warm, offset]:
+            return bool(warm), int(offset)
+        case b"replica", _:
+            raise MirrorUnavailable(f"{server} is a replica, which takes no writes")
+        case b"cluster", _:
+            raise MirrorMisconfigured(
+                f"{server} runs in cluster mode, which refuses scripts with keys of several slots: use one primary "
+                "with replicas and set `cluster-enabled no`"
+            )
+        case b"evicts", [policy]:
+            raise MirrorMisconfigured(
+                f"{server} has the maxmemory-policy {policy.decode()} and would evict claims: set `maxmemory-policy "
+                "noeviction`"
+            )
+        case _:
+            raise MirrorMisconfigured(
+                f"{server} refuses INFO in scripts ({details[0].decode()}), which compare its run_id and its "
+                "master_replid: remove `rename-command INFO`, or allow INFO to the user of TICKETRAIL_REDIS_URL"
+            )
+
+
+def _precedence(error: BaseException) -> int:
+    """Of several hosts that cannot be used, report first what an operator must change, and last that a host is a
+    replica."""
+    return 0 if isinstance(error, MirrorMisconfigured) else 2 if isinstance(error, MirrorUnavailable) else 1
+
+
+_REFUSALS = ("MISCONF", "NOREPLICAS", "BUSY")
+# redis-py has classes for these, and removes their codes from the texts.
+_REFUSAL_ERRORS = (OutOfMemoryError, ReadOnlyError, MasterDownError, NoPermissionError)
 
 
 def _takes_no_writes(error: ResponseError) -> bool:
-    """Returns whether the server is full, is a replica or cannot persist. It refuses a script at its first write, so
-    nothing was done."""
-    return isinstance(error, (OutOfMemoryError, ReadOnlyError)) or str(error).startswith(_REFUSALS)
+    """Returns whether the server is full, is a replica, refuses its user or cannot persist. It refuses a script at its
+    first write, so nothing was done."""
+    return isinstance(error, _REFUSAL_ERRORS) or str(error).startswith(_REFUSALS)

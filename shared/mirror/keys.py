@@ -1,27 +1,27 @@
 """The names of all keys in the mirror. A tenant's keys have the restaurant as hash tag; the rail's own keys have none.
 
     {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms), h stock
-    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), server (run id), marked, stored,
+    {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), mirror (identity), marked, stored,
                                             h reserved items
     {restaurant}:live:<entity>       zset   id by index score (creation time): the live window
     {restaurant}:pending:<entity>    zset   id by index score: not in PostgreSQL yet
     {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt
     {restaurant}:stock:<item>        hash   count, since, sum; order id -> its hold (scripts/stock.lua)
-    {restaurant}:number:<day>        int    last order number of a business day
+    {restaurant}:number:<day>        hash   prefix -> last order number of a business day
     {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is unavailable
-    ticketrail:warm                  text   run id of the Redis process that the mirror writer has filled
-    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log;
-                                            lost: set if an earlier mirror was lost (see LogState)
-    ticketrail:feed                  hash   position, xid: how far the feed loop has read the feed
-    (shared/postgres/feed.py) ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim
-    (ms) ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
+    ticketrail:warm                  hash   server "<run_id>:<master_replid>" that the mirror writer has filled,
+                                            identity, prefix, until (the last business day with the prefix)
+    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log
+    ticketrail:feed                  hash   position, xid: how far the feed loop has read the feed (postgres/feed.py)
+    ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
+    ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids
     ticketrail:bucket:<caller>       hash   t tokens, at (ms): a token bucket of the rate limits
 
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"

@@ -16,6 +16,7 @@ from shared.entities.entity import Entity, Hold, micros
 from shared.mirror import keys
 from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Stale, StockShort
 from shared.mirror.connection import MirrorConnection
+from shared.mirror.identity import MirrorIdentity, countable
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 
 
@@ -47,9 +48,6 @@ class LogState(Struct, frozen=True):
 
     epoch: str
     offset: int
-    lost: bool = False
-    """True if a mirror was lost after it had given order numbers. Some orders with these numbers may not have been read
-    back yet."""
 
 
 class Mirror:
@@ -80,7 +78,6 @@ class Mirror:
         event: bytes,
         base: Head | None,
         series: str | None,
-        floor: int,
         stock: str = "",
         *,
         within: float | None = None,
@@ -88,9 +85,8 @@ class Mirror:
         """Claims the next version of an entity for a change. Repeating the call with the same change is harmless.
 
         `base`: the head that the change was built on, or None for a new entity. `series`: the business day, if the
-        change needs an order number. `floor`: the order number must be higher than this. `stock`: the result of
-        `stock_text` for the state. `within`: the number of seconds after which the server must refuse the claim; the
-        reply is then Cold.
+        change needs an order number. `stock`: the result of `stock_text` for the state. `within`: the number of seconds
+        after which the server must refuse the claim; the reply is then Cold.
         """
         latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
@@ -110,7 +106,6 @@ class Mirror:
                 base.change_id if base else "",
                 event,
                 1 if series else 0,
-                floor,
                 keys.member(restaurant, name, id_),
                 self._stale_ms,
                 stock,
@@ -140,16 +135,15 @@ class Mirror:
         restaurant, entity, id_ = change.restaurantid, change.entity, change.entity_id
         reply = await self._redis.script(
             "take_back",
-            [keys.claim(restaurant, entity, id_), keys.CLAIMS, keys.doc(restaurant, entity, id_)],
+            [keys.claim(restaurant, entity, id_), keys.CLAIMS, keys.doc(restaurant, entity, id_), keys.WARM],
             [change.id, keys.member(restaurant, entity, id_)],
         )
         return bool(reply)
 
     async def stale_claims(self, *, limit: int = 100) -> list[str]:
-        """Returns up to `limit` stale claims, oldest first, as members of the claims index (see `keys.member`)."""
-        seconds, micros = await self._redis.call("TIME")
-        before = int(seconds) * 1000 + int(micros) // 1000 - self._stale_ms
-        found = await self._redis.call("ZRANGEBYSCORE", keys.CLAIMS, "-inf", before, "LIMIT", 0, limit)
+        """Returns up to `limit` stale claims, oldest first, as members of the claims index (see `keys.member`). A claim
+        is also stale if the server's clock was set back after it was made."""
+        found = await self._redis.script("stale_claims", [keys.CLAIMS], [self._stale_ms, limit])
         return [member.decode() for member in found]
 
     async def mark(self, member: str) -> Stale | None:
@@ -157,7 +151,7 @@ class Mirror:
         restaurant, entity, id_ = member.split("|")
         reply = await self._redis.script(
             "mark",
-            [keys.doc(restaurant, entity, id_), keys.claim(restaurant, entity, id_), keys.CLAIMS],
+            [keys.doc(restaurant, entity, id_), keys.claim(restaurant, entity, id_), keys.CLAIMS, keys.WARM],
             [member, self._stale_ms],
         )
         return Stale(reply[0].decode(), reply[1], (reply[2] or b"").decode()) if reply else None
@@ -170,12 +164,14 @@ class Mirror:
         *,
         at: LogState | None = None,
         note: LogState | None = None,
+        server: str = "",
         only_warm: bool = False,
     ) -> list[int] | None:
         """Writes states under the guard, in one atomic step.
 
-        `at`: write only to a mirror that has applied the log at least this far. `note`: set the log state of the mirror
-        in the same step. `only_warm`: write only to a warm mirror, because the caller sends only the changes that
+        `at`: write only to a mirror that has applied the log at least this far; one that has lost a part of it becomes
+        cold. `note`: set the log state of the mirror in the same step. `server`: write only to this server (see
+        `server`). `only_warm`: write only to it while it is warm, because the caller sends only the changes that
         `missing` returned. Returns the indexes of late states whose document is missing, or None if this is not the
         mirror that the caller has filled; then nothing is written.
         """
@@ -185,6 +181,7 @@ class Mirror:
             epoch,
             at.offset if at else "",
             note.offset if note else "",
+            server,
             int(only_warm),
         ]
         for state in states:
@@ -207,9 +204,7 @@ class Mirror:
                 int(state.accepted_at.timestamp() * 1000),
                 keys.member(restaurant, name, id_),
                 state.how,
-                # Only a number that this system can have given raises the counter. A longer number was imported, and
-                # Lua and Redis could not count it exactly.
-                number if number.isascii() and number.isdecimal() and len(number) < 10 else "",
+                number if countable(number) else "",
                 stock_text(state.entity, state.state),
             ]
         reply = await self._redis.script("apply", all_keys, arguments)
@@ -404,25 +399,38 @@ class Mirror:
 
     async def log_state(self) -> LogState | None:
         """Returns how far the mirror writer has applied the log, or None if the mirror has no log state."""
-        epoch, offset, lost = await self._redis.call("HMGET", keys.LOG, "epoch", "offset", "lost")
-        return None if epoch is None else LogState(epoch.decode(), int(offset), lost is not None)
+        epoch, offset = await self._redis.call("HMGET", keys.LOG, "epoch", "offset")
+        return None if epoch is None else LogState(epoch.decode(), int(offset))
 
     async def begin_log(self, state: LogState) -> None:
         """Begins to fill a mirror by setting its log state. After that, `apply` with `at` writes only to this mirror
         and not to a later one. Does nothing if the mirror already has a log state."""
         await self._redis.script("begin_log", [keys.LOG, keys.WARM], [state.epoch, state.offset])
 
+    async def server(self) -> tuple[str, bool]:
+        """Returns (the name of the server, whether its mirror is warm). A server gets another name when it is started
+        or promoted, so one that keeps its name has kept its data, unless somebody has replaced them."""
+        name, identity = await self._redis.script("server", [keys.WARM], [])
+        return name.decode(), identity != b""
+
     async def is_warm(self) -> bool:
-        warm, _ = await self.read("-", "-", [])
+        _, warm = await self.server()
         return warm
 
-    async def warm(self, at: LogState, series: Sequence[tuple[str, str]], gap: int) -> bool:
-        """Makes the mirror warm. Skips `gap` order numbers in each of `series`, given as (restaurant, business day).
+    async def warm(self, at: LogState, server: str, identity: MirrorIdentity) -> bool:
+        """Makes the mirror of a server warm, under a new identity. Does nothing if it is warm already. Returns False if
+        this is not the mirror that the caller has filled up to `at`."""
+        return bool(
+            await self._redis.script(
+                "warm",
+                [keys.LOG, keys.WARM],
+                [at.epoch, at.offset, server, identity.id, identity.prefix, identity.prefix_until],
+            )
+        )
 
-        Returns False if this is not the mirror that the caller has filled.
-        """
-        counters = [keys.number(restaurant, day) for restaurant, day in series]
-        return bool(await self._redis.script("warm", [keys.LOG, keys.WARM, *counters], [at.epoch, at.offset, gap]))
+    async def clock_skew_seconds(self) -> float:
+        """Returns the number of seconds by which the server's clock is ahead of this host's."""
+        return await self._redis.clock_skew_seconds()
 
 
 def _hold_text(holds: Sequence[Hold]) -> str:

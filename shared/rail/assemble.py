@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import structlog
 from msgspec import Struct
@@ -19,6 +20,9 @@ from shared.rail.record import Recorder
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
+
+_MAX_CLOCK_SKEW_SECONDS = 5.0
+_CLOCK_TIMEOUT_SECONDS = 0.5
 
 
 class RailParts(Struct, frozen=True):
@@ -42,6 +46,23 @@ class RailParts(Struct, frozen=True):
             raise
         except (MirrorUnavailable, MirrorInDoubt) as error:
             log.warning("starting_without_mirror", error=str(error) or type(error).__name__)
+
+    async def clock_details(self) -> dict[str, Any]:
+        """Returns the skew between the clocks of Redis and of this host for the health endpoint, with a warning if it
+        is more than five seconds. No decision compares the two, but orders get the times and the business day of this
+        host. Returns nothing if Redis does not answer within half a second."""
+        try:
+            async with asyncio.timeout(_CLOCK_TIMEOUT_SECONDS):
+                skew = await self.mirror.clock_skew_seconds()
+        except (MirrorUnavailable, MirrorInDoubt, TimeoutError):
+            return {}  # the health endpoint shows the mirror itself
+        details: dict[str, Any] = {"clock_skew_seconds": round(skew, 3)}
+        if abs(skew) > _MAX_CLOCK_SKEW_SECONDS:
+            side = "behind" if skew > 0 else "ahead of"
+            details["warnings"] = [
+                f"the clock of this host is {abs(skew):.0f} s {side} the clock of Redis: set both by NTP"
+            ]
+        return details
 
     async def close(self) -> None:
         """Waits for the commits that are under way, then closes both connections."""

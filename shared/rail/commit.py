@@ -31,7 +31,7 @@ from shared.observability.tracing import Tracer
 from shared.rail.claim_finisher import ClaimFinisher
 from shared.rail.draft import Draft, change_of
 from shared.rail.journal import Journal, JournalBroken
-from shared.rail.order_numbers import HighestNumbers, InstanceNumbers, number_in, series_of, with_number
+from shared.rail.order_numbers import InstanceNumbers, number_in, series_of, with_number
 from shared.rail.record import Durability, Recorder, Unrecorded
 
 log = structlog.get_logger(__name__)
@@ -108,7 +108,6 @@ class Rail:
         self._clock = clock
         self._sleep = sleep
         self.claim_finisher = ClaimFinisher(mirror, recorder, self._reveal, tracer=tracer, metrics=metrics)
-        self._highest_numbers = HighestNumbers()
         # Recent creations with an idempotency key that this instance made without a claim. The value is None while the
         # creation is under way. Until PostgreSQL has the creation, only this table can recognise a repeat.
         self._without_claim: dict[str, tuple[Head, Any] | None] = {}
@@ -186,7 +185,6 @@ class Rail:
         """Returns (order number or "", whether a claim is held). Without a warm mirror, a creation needs no claim and
         gets a number from this instance's own series."""
         series = series_of(draft.entity, draft.state)
-        floor = self._highest_numbers.of(change.restaurantid, series)
         event, stock = encode(change), stock_text(draft.entity, draft.state)
         deadline = self._clock() + self._claim_seconds
         if draft.existing is not None and draft.state.id in self._without_claim:
@@ -195,9 +193,7 @@ class Rail:
             try:
                 # The mirror must not execute a claim after this commit has gone on without it.
                 within = max(0.0, deadline - self._clock())
-                reply = await self._mirror.claim(
-                    draft.entity, change, event, draft.base, series, floor, stock, within=within
-                )
+                reply = await self._mirror.claim(draft.entity, change, event, draft.base, series, stock, within=within)
             except MirrorInDoubt:
                 doubt.claim_sent = True
             except MirrorUnavailable as error:
@@ -206,7 +202,6 @@ class Rail:
             else:
                 match reply:
                     case Claimed(number):
-                        self._highest_numbers.note(change.restaurantid, series, number)
                         return number, True
                     case HeadMoved(head, bytes() as encoded) if head.change_id == change.id:
                         return number_in(draft.entity, encoded), True  # another instance finished our claim

@@ -1,7 +1,8 @@
 """Order numbers: a change gets the next number of its series. Each restaurant and business day has a series.
 
 `order_number.lua`, a part of the claim script, takes the next number of the series from a counter in the mirror, such
-as "0042". Without a warm mirror, `InstanceNumbers` gives a number of the instance's own series: "J1-0007".
+as "0042", or "A0043" after a mirror was lost (shared/mirror/identity.py). Without a warm mirror, `InstanceNumbers`
+gives a number of the instance's own series: "J1-0007".
 """
 
 import asyncio
@@ -39,26 +40,6 @@ class InstanceNumbers:
                     self._given.clear()
             self._given[restaurant, day] = (series, last + 1, reserved)
         return f"{series}-{last + 1:04d}"
-
-
-class HighestNumbers:
-    """The highest number of each series that this instance has received. Every claim carries this number, so that a
-    mirror that lost its counters does not give it again."""
-
-    def __init__(self) -> None:
-        self._highest: dict[tuple[str, str], int] = {}
-
-    def of(self, restaurant: str, series: str | None) -> int:
-        """Returns the highest number of a series, or 0 if this instance has received none."""
-        return self._highest.get((restaurant, series), 0) if series else 0
-
-    def note(self, restaurant: str, series: str | None, number: str) -> None:
-        if series:
-            if len(self._highest) > _MAX_SERIES:
-                # Most series belong to past business days. Today's are forgotten too: a mirror that then loses its
-                # counters still skips `order_number_gap` numbers (services/sync/mirror/warm_up.py).
-                self._highest.clear()
-            self._highest[restaurant, series] = max(int(number), self.of(restaurant, series))
 
 
 def series_of(entity: Entity, state: Any) -> str | None:

@@ -122,3 +122,18 @@ async def test_a_failover_to_a_replica_without_the_last_writes_loses_nothing(out
     await wait_and_prove(outage, load)
     await assert_no_version_claimed_twice(outage)
     await outage.replicate()  # the usual repair: the old server becomes a replica of the new one
+
+
+async def test_a_failover_and_a_failback_to_a_server_that_never_stopped_lose_nothing(outage: Outage) -> None:
+    """The first server keeps its run id, and each promotion gives the data another replication id."""
+    async with under_load(outage, 5) as load:
+        await wait_acknowledged(load, 40)
+        first = await ask(outage.servers.redis, "INFO", "server")
+        for _ in range(2):
+            await outage.switch_over(lost_seconds=1.0)
+            await wait_acknowledged(load, 10, kind="created")
+            await outage.warm()
+            await wait_acknowledged(load, 10, kind="changed")
+        assert (await ask(outage.servers.redis, "INFO", "server"))["run_id"] == first["run_id"]
+    await wait_and_prove(outage, load)
+    await assert_no_version_claimed_twice(outage)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from pathlib import Path
 
 import aio_pika
 import pytest
@@ -10,6 +11,7 @@ from shared.entities.contract import Lane
 from shared.messaging import topology
 from tests.rigs.http_client import http_client
 from tests.rigs.outage import Outage, under_load, wait_acknowledged, wait_and_prove
+from tests.rigs.servers.processes import local_redis
 from tests.rigs.system import System, eventually
 
 pytestmark = pytest.mark.timeout(300)
@@ -76,6 +78,28 @@ async def test_a_worker_is_not_ready_and_does_not_start_without_a_binding(victim
     await victim.cli("migrate")
     victim.start("worker")
     await victim.ready("worker")
+
+
+@pytest.mark.parametrize("name", ["orders", "worker", "sync"])
+async def test_service_refuses_to_start_on_a_redis_that_cannot_be_a_mirror(
+    victim: System, name: str, tmp_path: Path
+) -> None:
+    server = local_redis(tmp_path, "--cluster-enabled", "yes")
+    await asyncio.to_thread(server.start)
+    await victim.stop(name)
+    victim.start(name, redis_url=server.url)
+
+    async def ended() -> int | None:
+        return victim.children[name].returncode
+
+    try:
+        await eventually(ended, within=30, what=f"the end of {name}", until=lambda code: code is not None)
+        assert "set `cluster-enabled no`" in victim.children[name].tail(40)
+    finally:
+        await victim.stop(name)
+        victim.start(name)
+        await victim.ready(name)
+        await asyncio.to_thread(server.discard)
 
 
 async def test_services_refuse_to_start_on_a_broker_without_their_queues(victim: System) -> None:

@@ -115,7 +115,7 @@ async def _leave_a_claim(restaurant: RestaurantRig) -> str:
     order = builders.order(restaurant_id=restaurant.id, created_at=now(), updated_at=now())
     change = builders.change(order)
     async with CommandSession(settings_of(restaurant.system, claim_stale_seconds=0.001)) as session:
-        await session.mirror.claim(orders.ENTITY, change, encode(change), None, None, 0)
+        await session.mirror.claim(orders.ENTITY, change, encode(change), None, None)
         await asyncio.sleep(2.1)  # a claim is stale after the time that the system's settings name
     return order.id
 

@@ -220,6 +220,13 @@ async def test_order_is_found_by_its_number_with_or_without_leading_zeros(ops_ri
         assert await printed_json(ops_rig, "orders", text, "--restaurant", ops_rig.restaurant_id) == [placed]
 
 
+async def test_order_with_the_prefix_of_a_later_mirror_is_found_without_leading_zeros(ops_rig: OperatorRig) -> None:
+    id_ = await earlier_order(ops_rig, "ZQ0043")
+    for text in ("ZQ0043", "zq43"):
+        found = await printed_json(ops_rig, "orders", text, "--restaurant", ops_rig.restaurant_id)
+        assert [one["id"] for one in found] == [id_]
+
+
 async def test_trace_takes_the_newest_order_with_a_number_and_says_so(ops_rig: OperatorRig) -> None:
     placed = await in_postgres(ops_rig, await ops_rig.place())
     number = placed["order_number"]

@@ -14,7 +14,8 @@ from msgspec import structs
 from shared.entities.contract import Head, Outline, encode, outline
 from shared.entities.order import ENTITY as ORDER
 from shared.mirror import keys
-from shared.mirror.claim_replies import Claimed, Cold, HeadMoved
+from shared.mirror.claim_replies import Claimed, Cold, HeadMoved, Stale
+from shared.mirror.identity import MirrorIdentity, mirror_identity
 from shared.mirror.mirror import Apply, LogState, Mirror
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 from tests.rigs import builders
@@ -83,10 +84,10 @@ async def test_mirror_lacks_exactly_the_changes_that_would_alter_it(
 
 async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirror: Mirror, redis: Redis) -> None:
     restaurant, series = builders.new_id(), DAY
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32, order_number="")
     change = builders.change(placed)
-    assert isinstance(await mirror.claim(ORDER, change, encode(change), None, series, 0), Claimed)
+    assert isinstance(await mirror.claim(ORDER, change, encode(change), None, series), Claimed)
     found = outline(encode(change))
     assert found is not None
     assert await mirror.missing([found]) == [0]
@@ -103,7 +104,7 @@ async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirr
 
 async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror, redis: Redis) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     at = await mirror.log_state()
     assert at is not None
     one = state(1, id_=builders.new_id(), restaurant=restaurant)
@@ -132,7 +133,22 @@ async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     assert await mirror.apply([one], at=LogState("other", 7), note=LogState("other", 8)) is None
     assert await head_of(mirror, restaurant, id_) is None
     assert await mirror.apply([one], at=LogState("epoch", 7), note=LogState("epoch", 8)) == []
-    assert await mirror.log_state() == LogState("epoch", 8, lost=True)
+    assert await mirror.log_state() == LogState("epoch", 8)
+
+
+async def test_states_for_another_server_are_refused(mirror: Mirror, redis: Redis) -> None:
+    """While a mirror is filled from PostgreSQL, its log state stays the same, so that the log state does not tell the
+    server from a replica that was promoted before it had all states."""
+    restaurant, id_, start = builders.new_id(), builders.new_id(), LogState(builders.new_id(), -1)
+    await mirror.begin_log(start)
+    server, _ = await mirror.server()
+    one, two = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
+    assert await mirror.apply([one], at=start, server=server) == []
+    await fail_over_and_back(redis)
+    assert await mirror.apply([two], at=start, server=server) is None
+    assert await head_of(mirror, restaurant, id_) == one.head
+    assert not await mirror.warm(start, server, MirrorIdentity(1, "", ""))
+    assert not await mirror.is_warm()
 
 
 def standing(restaurant: str, one: Apply) -> StoredHead:
@@ -194,85 +210,184 @@ async def test_state_that_postgres_lacks_becomes_pending_only_on_request(mirror:
 
 async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mirror) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     placed = [builders.order(items=0, restaurant_id=restaurant, order_number="") for _ in range(2)]
     changes = [builders.change(one) for one in placed]
     for change in changes:
-        assert isinstance(await mirror.claim(ORDER, change, encode(change), None, DAY, 0), Claimed)
+        assert isinstance(await mirror.claim(ORDER, change, encode(change), None, DAY), Claimed)
     quick, slow = changes
     await mirror.apply([applied(quick, "stored")])
     await mirror.apply([applied(change) for change in changes])
     assert await mirror.pending_ids(restaurant, "order") == [slow.entity_id]
 
 
-async def warmed(mirror: Mirror, restaurant: str, gap: int = 0) -> None:
-    epoch = builders.new_id()
-    await mirror.begin_log(LogState(epoch, 0))
+async def warmed(mirror: Mirror, identity: int = 1) -> LogState:
+    """Makes the mirror warm, at the start of another log."""
+    at = LogState(builders.new_id(), 0)
+    await mirror.begin_log(at)
     assert not await mirror.is_warm()
-    assert not await mirror.warm(LogState(epoch, 1), [], 0)  # the log state has changed since the mirror was filled
-    assert await mirror.warm(LogState(epoch, 0), [(restaurant, DAY)], gap)
+    server, _ = await mirror.server()
+    named = mirror_identity(identity, builders.CREATED_AT)
+    assert not await mirror.warm(LogState(at.epoch, 1), server, named)  # the log state has changed since it was filled
+    assert await mirror.warm(at, server, named)
     assert await mirror.is_warm()
+    return at
 
 
-async def claimed(mirror: Mirror, restaurant: str, series: str | None = DAY, floor: int = 0) -> Any:
+async def claimed(mirror: Mirror, restaurant: str, series: str | None = DAY) -> Any:
     change = builders.change(builders.order(items=0, restaurant_id=restaurant, order_number=""))
-    return await mirror.claim(ORDER, change, encode(change), None, series, floor)
+    return await mirror.claim(ORDER, change, encode(change), None, series)
+
+
+async def fail_over_and_back(redis: Redis) -> None:
+    """The process keeps its run id and its data, and gets another replication id."""
+    await redis.command("REPLICAOF", "127.0.0.1", 1)
+    await redis.command("REPLICAOF", "NO", "ONE")
 
 
 async def test_only_a_warm_mirror_takes_claims_and_a_restart_makes_it_cold(mirror: Mirror, redis: Redis) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     assert await claimed(mirror, restaurant) == Claimed("0001")
     await asyncio.to_thread(redis.stop)
     await asyncio.to_thread(redis.start)
     await eventually(lambda: answers(mirror), what="a server that answers again")
     assert await claimed(mirror, restaurant) == Cold()
-    await warmed(mirror, restaurant, gap=100)
-    assert await claimed(mirror, restaurant) == Claimed("0102")
+    await warmed(mirror, identity=2)
+    assert await claimed(mirror, restaurant) == Claimed("A0002")
 
 
-async def test_numbers_that_were_seen_or_are_below_the_floor_are_not_given(mirror: Mirror) -> None:
+@pytest.mark.parametrize("fault", ["failback", "restart", "flush"])
+async def test_server_that_is_not_what_its_stamp_names_is_cold_to_every_script(
+    mirror: Mirror, redis: Redis, fault: str
+) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
+    placed = [builders.change(builders.order(items=0, restaurant_id=restaurant, order_number="")) for _ in range(2)]
+    for one in placed:
+        assert isinstance(await mirror.claim(ORDER, one, encode(one), None, DAY), Claimed)
+    if fault == "failback":
+        before = await redis.command("INFO", "server")
+        await fail_over_and_back(redis)
+        after = await redis.command("INFO", "server")
+        assert after["run_id"] == before["run_id"]
+    elif fault == "restart":
+        await asyncio.to_thread(redis.stop)
+        await asyncio.to_thread(redis.start)
+        await eventually(lambda: answers(mirror), what="a server that answers again")
+    else:
+        await redis.command("FLUSHALL")
+    assert not await mirror.is_warm()
+    assert not (await mirror.read(restaurant, "order", []))[0]
+    assert await claimed(mirror, restaurant) == Cold()
+    assert await mirror.take_back(placed[0]) is False
+    assert await mirror.mark(keys.member(restaurant, "order", placed[1].entity_id)) is None
+    # The mirror writer fills it, and it is a new mirror: what was claimed before is dropped and may be claimed again.
+    await warmed(mirror, identity=2)
+    assert await mirror.take_back(placed[0]) is False
+    again = builders.change(builders.order(items=0, id=placed[0].entity_id, restaurant_id=restaurant, order_number=""))
+    assert await mirror.claim(ORDER, again, encode(again), None, None) == Claimed("")
+
+
+async def test_mirror_that_lost_a_part_of_the_log_is_cold_and_drops_its_claims(mirror: Mirror, redis: Redis) -> None:
+    """Somebody restores an old copy into the running server. The copy has the stamp of this very server."""
+    restaurant = builders.new_id()
+    at = await warmed(mirror)
+    left = builders.change(builders.order(items=0, restaurant_id=restaurant, order_number=""))
+    assert await mirror.claim(ORDER, left, encode(left), None, DAY) == Claimed("0001")
+    copy = [(key, await redis.command("DUMP", key)) for key in (keys.WARM, keys.LOG)]
+    later = LogState(at.epoch, at.offset + 1)
+    assert await mirror.apply([], at=at, note=later) == []
+    for key, value in copy:
+        await redis.command("RESTORE", key, 0, value, "REPLACE")
+    assert await mirror.is_warm(), "the restored copy has the stamp of this server"
+    assert await mirror.apply([], at=later) is None
+    assert not await mirror.is_warm()
+    server, _ = await mirror.server()
+    assert await mirror.warm(at, server, mirror_identity(2, builders.CREATED_AT))
+    assert await mirror.mark(keys.member(restaurant, "order", left.entity_id)) is None, "the claim may be taken back"
+    assert await claimed(mirror, restaurant) == Claimed("A0002")
+
+
+async def test_numbers_of_the_days_after_the_next_business_day_have_no_prefix(mirror: Mirror) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror, identity=28)
+    assert builders.CREATED_AT.date().isoformat() == DAY
+    for day, number in (("2026-03-13", "AA0001"), (DAY, "AA0001"), ("2026-03-16", "AA0001"), ("2026-03-17", "0001")):
+        assert await claimed(mirror, restaurant, day) == Claimed(number)
+
+
+async def test_claim_from_the_future_is_stale(redis: Redis) -> None:
+    """The clock of the server was set back by an hour since the claim was made."""
+    restaurant = builders.new_id()
+    mirror = Mirror(redis.url, timeout=5.0, stale_seconds=30.0)
+    await warmed(mirror)
+    left, other = (builders.change(builders.order(items=0, restaurant_id=restaurant)) for _ in range(2))
+    member = keys.member(restaurant, "order", left.entity_id)
+    for one in (left, other):
+        assert isinstance(await mirror.claim(ORDER, one, encode(one), None, None), Claimed)
+    assert await mirror.mark(member) is None
+    assert member not in await mirror.stale_claims()
+    seconds, _ = await redis.command("TIME")
+    future = (seconds + 3600) * 1000
+    await redis.command("HSET", keys.claim(restaurant, "order", left.entity_id), "at", future)
+    await redis.command("ZADD", keys.CLAIMS, future, member)
+    assert [one for one in await mirror.stale_claims() if one.startswith(restaurant)] == [member]
+    found = await mirror.mark(member)
+    assert found is not None and found.change_id == left.id
+    order = builders.order(items=0, id=left.entity_id, restaurant_id=restaurant, notes="another")
+    another = builders.change(order)
+    reply = await mirror.claim(ORDER, another, encode(another), None, None)
+    assert isinstance(reply, Stale) and reply.change_id == left.id
+    await mirror.close()
+
+
+async def test_numbers_that_were_seen_are_not_given(mirror: Mirror, redis: Redis) -> None:
+    restaurant = builders.new_id()
+    await warmed(mirror)
     seen = [
         state(1, id_=builders.new_id(), restaurant=restaurant, order_number=number)
-        for number in ("0041", "J1-0900", "", "0007")
+        for number in ("0041", "J1-0900", "", "0007", "B0100", "UE77777", "A12-9")
     ]
     await mirror.apply(seen)
     assert await claimed(mirror, restaurant) == Claimed("0042")
-    assert await claimed(mirror, restaurant, floor=50) == Claimed("0051")
     assert await claimed(mirror, restaurant, series=None) == Claimed("")
+    await redis.command("DEL", keys.WARM)
+    await warmed(mirror, identity=2)
+    assert [await claimed(mirror, restaurant) for _ in range(2)] == [Claimed("A0043"), Claimed("A0044")]
+    await redis.command("DEL", keys.WARM)
+    await warmed(mirror, identity=3)
+    assert await claimed(mirror, restaurant) == Claimed("B0101")
 
 
 async def test_number_too_long_to_count_from_does_not_spoil_the_series(mirror: Mirror) -> None:
     """The contract allows numbers of 40 digits. A counter at such a number would stop the series, and no mirror would
     become warm."""
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
-    await mirror.apply([state(1, id_=builders.new_id(), restaurant=restaurant, order_number="9" * 40)])
+    await warmed(mirror)
+    for number in ("9" * 40, "A" + "9" * 39):
+        await mirror.apply([state(1, id_=builders.new_id(), restaurant=restaurant, order_number=number)])
     assert await claimed(mirror, restaurant) == Claimed("0001")
-    await warmed(mirror, restaurant, gap=10)
-    assert await claimed(mirror, restaurant) == Claimed("0012")
 
 
 async def test_repeated_claim_is_the_same_claim(mirror: Mirror) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     change = builders.change(builders.order(items=0, restaurant_id=restaurant))
-    first = [await mirror.claim(ORDER, change, encode(change), None, DAY, 0) for _ in range(3)]
+    first = [await mirror.claim(ORDER, change, encode(change), None, DAY) for _ in range(3)]
     assert first == [Claimed("0001")] * 3
     assert await claimed(mirror, restaurant) == Claimed("0002")
 
 
 async def test_claim_on_another_base_than_the_head_gets_the_head(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     one = state(2, 5, id_=id_, restaurant=restaurant)
     await mirror.apply([one])
     for base in (None, Head(1, one.head.change_id), Head(2, str(UUID(int=4)))):
         order = structs.replace(one.state, updated_at=one.state.updated_at + timedelta(seconds=1))
         change = builders.change(order, entityversion=(base.version if base else 0) + 1)
-        reply = await mirror.claim(ORDER, change, encode(change), base, None, 0)
+        reply = await mirror.claim(ORDER, change, encode(change), base, None)
         assert reply == HeadMoved(one.head, one.encoded)
 
 
@@ -286,30 +401,16 @@ async def test_log_state_only_moves_forward_when_two_writers_write_it(mirror: Mi
     assert await mirror.log_state() == LogState(epoch, 9)
 
 
-async def test_numbered_orders_from_the_log_mark_a_cold_mirror_as_lost(mirror: Mirror) -> None:
-    epoch, restaurant = builders.new_id(), builders.new_id()
-    await mirror.begin_log(LogState(epoch, 0))
-    one = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0001")
-    await mirror.apply([one], at=LogState(epoch, 0), note=LogState(epoch, 1))
-    found = await mirror.log_state()
-    assert found is not None and found.lost
-    assert await mirror.warm(LogState(epoch, 1), [(restaurant, DAY)], 10)
-    again = state(1, id_=builders.new_id(), restaurant=restaurant, order_number="0002")
-    await mirror.apply([again], at=LogState(epoch, 1), note=LogState(epoch, 2))
-    found = await mirror.log_state()
-    assert found is not None and not found.lost, "a warm mirror counts an order as lost"
-
-
 async def test_keyed_creation_outside_the_window_is_remembered_without_its_state(mirror: Mirror) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror, restaurant)
+    await warmed(mirror)
     placed = builders.order(items=0, restaurant_id=restaurant, request_hash="ab" * 32)
     change = builders.change(placed)
     await mirror.apply([applied(change, "stored")])
     assert await mirror.trim(restaurant, "order", {placed.id: change.id}) == 1
     assert await head_of(mirror, restaurant, placed.id) is None
     repeat = builders.change(builders.order(items=0, id=placed.id, restaurant_id=restaurant, order_number=""))
-    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY, 0) == HeadMoved(change.head, None)
+    assert await mirror.claim(ORDER, repeat, encode(repeat), None, DAY) == HeadMoved(change.head, None)
     # A read of the order brings it back.
     await mirror.apply([applied(change, "stored")])
     assert await head_of(mirror, restaurant, placed.id) == change.head

@@ -1,22 +1,27 @@
 """The connection to the mirror on a real Redis: frozen servers, breakers, lost scripts, and calls in doubt."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from redis.asyncio import from_url
-from redis.exceptions import ResponseError
 
 from shared.entities.contract import Head
+from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection, MirrorInDoubt, MirrorMisconfigured, MirrorUnavailable
 from shared.mirror.mirror import Mirror
+from shared.rail.assemble import assemble_rail
+from shared.settings import Settings
 from tests.rigs import builders
 from tests.rigs.mirror import answers, head_of, state
 from tests.rigs.proxy import Mode, Proxy
 from tests.rigs.servers import Redis, Servers
+from tests.rigs.servers.processes import local_redis
 from tests.rigs.system import eventually
 
 BREAKER_OPEN = "the mirror did not answer a moment ago"
@@ -67,7 +72,22 @@ async def test_server_error_reaches_only_its_own_caller(link: MirrorConnection) 
     commands = (("ECHO", "a"), ("NO SUCH COMMAND",), ("ECHO", "b"))
     good, bad, also = await asyncio.gather(*(link.call(*one) for one in commands), return_exceptions=True)
     assert (good, also) == (b"a", b"b")
-    assert isinstance(bad, ResponseError)
+    assert isinstance(bad, MirrorInDoubt)
+    assert link.available, "a call that fails beside others opened the breaker"
+
+
+async def test_script_that_fails_in_the_middle_is_in_doubt_and_opens_the_breaker(
+    link: MirrorConnection, mirror: Mirror, redis: Redis
+) -> None:
+    """Redis keeps what a script has written before its error."""
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await redis.command("SET", keys.live(restaurant, "order"), "not a sorted set")
+    with pytest.raises(MirrorInDoubt, match="WRONGTYPE"):
+        await mirror.apply([state(1, id_=id_, restaurant=restaurant)])
+    assert await redis.command("HGET", keys.doc(restaurant, "order", id_), "v") == b"1"
+    assert not mirror.available
+    await eventually(lambda: answers(mirror), what="a successful probe")
+    assert mirror.available
 
 
 @pytest.fixture
@@ -135,8 +155,59 @@ async def test_scripts_that_the_server_lost_are_loaded_again_for_all_callers(red
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 async def test_server_that_evicts_keys_is_refused(redis: Redis, link: MirrorConnection, policy: str) -> None:
     async with configured(redis, "maxmemory-policy", policy):
-        with pytest.raises(MirrorMisconfigured):
+        with pytest.raises(MirrorMisconfigured, match=f"{policy}.*set `maxmemory-policy noeviction`"):
             await link.check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--cluster-enabled", "yes"), "cluster mode.*set `cluster-enabled no`"),
+        (("--rename-command", "INFO", ""), "refuses INFO in scripts.*remove `rename-command INFO`"),
+        (("--rename-command", "EVAL", ""), "refuses EVAL.*allow it to the user"),
+    ],
+    ids=["cluster", "no info", "no scripts"],
+)
+async def test_server_that_cannot_be_a_mirror_is_refused_and_says_what_to_set(
+    tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    server = local_redis(tmp_path, *arguments)
+    await asyncio.to_thread(server.start)
+    link = MirrorConnection(server.url, timeout=TIMEOUT_SECONDS)
+    try:
+        with pytest.raises(MirrorMisconfigured, match=told) as refused:
+            await link.check()
+        assert "TICKETRAIL_REDIS_URL" in str(refused.value) or f"127.0.0.1:{server.port}" in str(refused.value)
+    finally:
+        await link.close()
+        await asyncio.to_thread(server.discard)
+
+
+@pytest.mark.parametrize("command", ["info", "eval", "script"])
+async def test_user_that_lacks_a_command_is_refused_with_its_name(redis: Redis, command: str) -> None:
+    await redis.command("ACL", "SETUSER", "limited", "on", ">secret", "~*", "+@all", f"-{command}")
+    link = MirrorConnection(redis.url.replace("://", "://limited:secret@"), timeout=TIMEOUT_SECONDS)
+    try:
+        with pytest.raises(MirrorMisconfigured, match=f"(?i)refuses {command}.*TICKETRAIL_REDIS_URL"):
+            await link.check()
+    finally:
+        await link.close()
+        await redis.command("ACL", "DELUSER", "limited")
+
+
+async def test_skew_between_the_clocks_is_measured_and_warned_of_above_five_seconds(
+    redis: Redis, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = assemble_rail(Settings(_env_file=None, redis_url=redis.url), mirror=mirror)
+    details = await parts.clock_details()
+    assert abs(details["clock_skew_seconds"]) < 5 and "warnings" not in details
+    present = time.time
+    monkeypatch.setattr(time, "time", lambda: present() - 3600)
+    details = await parts.clock_details()
+    assert details["clock_skew_seconds"] == pytest.approx(3600, abs=5)
+    assert "3600 s behind the clock of Redis" in details["warnings"][0]
+    monkeypatch.setattr(time, "time", lambda: present() + 60)
+    assert "60 s ahead of the clock of Redis" in (await parts.clock_details())["warnings"][0]
 
 
 async def test_full_server_refuses_writes_without_effect_and_still_serves_reads(mirror: Mirror, redis: Redis) -> None:

@@ -42,9 +42,10 @@ async def replicate(replica: Redis, primary: Redis) -> None:
 
 
 async def stamp(server: Redis, offset: int, *, warm: bool = True) -> None:
-    info = await ask(server, "INFO", "server")
+    info = await ask(server, "INFO")
     assert isinstance(info, dict)
-    await ask(server, "SET", keys.WARM, info["run_id"] if warm else "of-another")
+    name = f"{info['run_id']}:{info['master_replid']}" if warm else "of-another"
+    await ask(server, "HSET", keys.WARM, "server", name, "identity", 1)
     await ask(server, "HSET", keys.LOG, "offset", offset)
 
 

@@ -14,6 +14,7 @@ from shared.observability.metrics import Metrics, WriterMetrics
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.rail.changes import applied
+from tests.rigs.rail.sinks import PostgresTables
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
@@ -122,6 +123,60 @@ async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
         return failed_over
 
     await eventually(replaced, what="the other mirror")
+    await mirrored.shown(made)
+
+
+async def test_old_copy_that_is_restored_into_the_running_server_makes_the_mirror_cold_until_it_is_filled_again(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    first = change(order(items=1))
+    await mirrored.rig.publish(first)
+    await mirrored.shown(first)
+    every = await redis.command("KEYS", "*")
+    copy = [(key, await redis.command("DUMP", key)) for key in every]
+    identity = await redis.command("HGET", keys.WARM, "identity")
+    lost = change(order(items=1))
+    await mirrored.rig.publish(lost)
+    await mirrored.shown(lost)
+    await redis.command("FLUSHALL")
+    for key, value in copy:
+        await redis.command("RESTORE", key, 0, value)
+
+    async def filled() -> bytes | None:
+        found: bytes | None = await redis.command("HGET", keys.WARM, "identity")
+        return found
+
+    # No message follows, so only the check of the position can notice it.
+    await eventually(filled, what="another identity", until=lambda found: found not in (None, identity))
+    await mirrored.shown(lost)
+
+
+async def test_server_that_is_promoted_while_it_is_filled_is_filled_again(
+    mirrored: MirrorRig, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica lacks a state that the first server got from PostgreSQL; both have the same log state."""
+    made = change(order(items=1))
+    await PostgresTables(mirrored.rig.postgres, mirrored.mirror).take([made])
+    apply = mirrored.mirror.apply
+    promoted = False
+
+    async def promoted_meanwhile(states: Sequence[Apply], **more: Any) -> list[int] | None:
+        nonlocal promoted
+        found = await apply(states, **more)
+        if not promoted and any(one.head == made.head for one in states):
+            promoted = True
+            await redis.command("DEL", keys.doc(RESTAURANT, "order", made.entity_id))
+            await redis.command("REPLICAOF", "127.0.0.1", 1)
+            await redis.command("REPLICAOF", "NO", "ONE")
+        return found
+
+    monkeypatch.setattr(mirrored.mirror, "apply", promoted_meanwhile)
+    await redis.command("FLUSHALL")
+
+    async def warm_after_the_promotion() -> bool:
+        return promoted and await mirrored.mirror.is_warm()
+
+    await eventually(warm_after_the_promotion, what="a warm mirror")
     await mirrored.shown(made)
 
 

@@ -11,6 +11,7 @@ import jwt
 import pytest
 
 from services.orders.entity_changes import MAX_RETRIES
+from shared.mirror import keys
 from shared.mirror.mirror import Mirror
 from shared.security.tokens import Identity, Role, Tokens
 from tests.rigs.builders import RESTAURANT
@@ -431,14 +432,13 @@ async def test_list_on_a_cold_mirror_is_not_older_than_postgres(system: System) 
         await eventually(stored, what="version 2", until=lambda version: version == 2)
         # The worker is frozen, because it would notice the missing stamp and make the mirror warm again.
         async with system.frozen("worker"):
-            stamp = await raw.getdel("ticketrail:warm")
+            await raw.rename(keys.WARM, "aside")
             try:
                 await raw.hset(name, mapping=old)
                 await raw.zadd(f"{{{system.restaurant_id}}}:pending:order", {placed["id"]: 1.0})
                 page = (await client.get("/api/orders", params={"table_id": table})).json()["data"]
             finally:
-                assert stamp is not None
-                await raw.set("ticketrail:warm", stamp)
+                await raw.rename("aside", keys.WARM)
                 await raw.zrem(f"{{{system.restaurant_id}}}:pending:order", placed["id"])
                 await raw.delete(name)
     assert [(one["version"], one["notes"]) for one in page] == [(2, "new")]

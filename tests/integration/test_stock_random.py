@@ -162,7 +162,8 @@ class RandomStock(StockRig):
         """Empties the mirror, claims included. The mirror writer fills it from PostgreSQL, then from the log."""
         await self.write()
         await self.empty_mirror()
-        self.state = (await self.writer.warm_up.fill(time.monotonic())).state
+        server, _ = await self.mirror.server()
+        self.state = (await self.writer.warm_up.fill(server, time.monotonic())).state
         await self.read_log(self.shuffled())
         await self.server.warm(self.state)
         await self.assert_stock_matches_heads()

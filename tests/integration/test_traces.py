@@ -384,7 +384,7 @@ async def test_finished_claim_shows_in_the_trace_of_its_change(traced: System) -
     left = builders.change(order, traceparent=caller.headers["traceparent"])
     mirror = Mirror(traced.redis.url, timeout=5.0, stale_seconds=2.0)
     try:  # the owner of the claim dies here
-        reply = await mirror.claim(ORDER, left, encode(left), None, order.business_day.isoformat(), 0)
+        reply = await mirror.claim(ORDER, left, encode(left), None, order.business_day.isoformat())
     finally:
         await mirror.close()
     assert isinstance(reply, Claimed)

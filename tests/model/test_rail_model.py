@@ -174,16 +174,24 @@ class RailMachine(RuleBasedStateMachine):
         else:
             self.world.run(self.world.instances[0].reveal(*changes))
 
-    @rule(how=st.sampled_from(["copied", "wiped", "wiped", "as it is", "stale", "stale"]))
+    @rule(how=st.sampled_from(["copied", "wiped", "flushed", "as it is", "stale", "stale", "restored"]))
     def mirror_is_lost(self, how: str) -> None:
         if how == "wiped":
             self.world.lose_mirror()
+        elif how == "flushed":
+            self.world.flush_mirror()
         elif how == "as it is":
             self.world.lose_mirror(self.world.run(self.world.server.copy()))
         elif how == "stale" and self.world.snapshot is not None:
             self.world.lose_mirror(self.world.snapshot)
-        else:
+        elif how != "restored" or not self.world.restore_snapshot():
             self.world.take_snapshot()
+
+    @rule(hours=st.sampled_from([-2, 2]))
+    def clock_of_the_mirror_jumps(self, hours: int) -> None:
+        """After a jump back every claim comes from the future. After a jump ahead every claim is old."""
+        self.world.run(self.world.server.jump_clock(hours))
+        self.world.seen[f"clock jumps by {hours} h"] += 1
 
     @precondition(lambda self: not self.world.warm)
     @rule(leave=st.sampled_from([False, False, True]))
@@ -302,5 +310,6 @@ def assert_reached(seen: Counter[str]) -> None:
     required = {f"{kind}: {outcome}" for kind, outcomes in OUTCOMES.items() for outcome in outcomes}
     required |= {"commit: broker, visible", "commit: broker, not visible", "commit: journal, visible"}
     required |= {"commit: ClaimLost", "commit: Unavailable", "commit: OutcomeUnknown", "crash", "fork"}
+    required |= {"clock jumps by -2 h", "clock jumps by 2 h", "restored"}
     required |= {f"claim: {reply}" for reply in ("Claimed", "Cold", "Busy", "Stale", "HeadMoved")}
     assert not (missing := required - {name for name, count in seen.items() if count}), f"never happened: {missing}"

@@ -18,6 +18,7 @@ from msgspec import structs
 from shared.entities.contract import Head
 from shared.errors import Unavailable
 from shared.mirror.claim_replies import Claimed, Stale
+from shared.mirror.identity import mirror_identity
 from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft
 from shared.rail.journal import Journal
@@ -32,8 +33,6 @@ from tests.rigs.rail.mirror_server import Copy, MirrorServer
 from tests.rigs.rail.sinks import PostgresModel, mirror_writer, read_log
 
 T = TypeVar("T")
-GAP = 50
-_SERIES = [(builders.RESTAURANT, "2026-03-14")]
 _TURNS = 15
 """Turns of the event loop until every task of a rail has reached its next call."""
 
@@ -107,11 +106,12 @@ class World:
         self.shown: dict[str, Head] = {}
         """Entity -> the largest head that a commit called visible since the mirror was last lost."""
         self.snapshot: Copy | None = None
+        self.snapshot_offset = -1
         self.run(self.server.wipe())
         for old in self._folder.iterdir():
             old.unlink()
         self.instances = [self._instance(0), self._instance(1)]
-        self.run(self.stamp(gap=0))
+        self.run(self.stamp())
 
     def _instance(self, at: int) -> RailRig:
         path = self._folder / f"{at + 1}.sqlite"
@@ -199,28 +199,51 @@ class World:
     # -- the mirror and its writer -----------------------------------------------------------------------------
 
     def lose_mirror(self, copy: Copy = ()) -> None:
-        """Loses the mirror, which comes back with an older copy, or empty."""
+        """Loses the mirror in a failover and a failback. It comes back with an older copy, or empty."""
         self.run(self.server.roll_back(copy))
-        self.life += 1
-        self.warm = False
-        self.shown.clear()
+        self._mirror_is_lost()
         # The scripts were under way to the lost server.
         self.gate.late = [step for step in self.gate.late if step.kind == "publish"]
 
+    def flush_mirror(self) -> None:
+        """Somebody empties the server, which runs on."""
+        self.run(self.server.wipe())
+        self._mirror_is_lost()
+
+    def restore_snapshot(self) -> bool:
+        """Somebody restores the snapshot into the server, and the mirror writer checks its position before anything
+        else happens (until then, a fork is possible and detected). Returns False if the writer has applied nothing
+        since the snapshot, because it cannot notice the restore then."""
+        applied = self.run(self.mirror.log_state())
+        if self.snapshot is None or applied is None or applied.offset <= self.snapshot_offset:
+            return False
+        self.run(self.server.restore(self.snapshot))
+        self.run(self.mirror.apply([], at=applied))
+        self.seen["restored"] += 1
+        self._mirror_is_lost()
+        return True
+
+    def _mirror_is_lost(self) -> None:
+        self.life += 1
+        self.warm = False
+        self.shown.clear()
+
     def take_snapshot(self) -> None:
         self.snapshot = self.run(self.server.copy())
+        state = self.run(self.mirror.log_state())
+        self.snapshot_offset = state.offset if state is not None else -1
 
     async def follow(self, count: int) -> None:
         """Reads on from the mirror's offset, as the mirror writer does; fills an empty mirror from PostgreSQL first."""
         state = await self.mirror.log_state() or await self.postgres.fill(self.mirror)
         await read_log(self._writer, self.broker.log, state, count)
 
-    async def stamp(self, gap: int = GAP) -> None:
+    async def stamp(self) -> None:
         """Reads the log to its end and makes the mirror warm."""
         await self.follow(len(self.broker.log))
         state = await self.mirror.log_state()
         assert state is not None
-        await self.server.warm(state, _SERIES, gap)
+        await self.server.warm(state, mirror_identity(self.life, builders.CREATED_AT))
         self.warm = True
         self.in_log_when_warm[self.life] = set(self.broker.recorded())
 

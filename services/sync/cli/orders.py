@@ -3,6 +3,7 @@
 The search reads PostgreSQL. An order that is not there yet can be found only by its whole id.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Any
@@ -18,6 +19,7 @@ from services.sync.operator_session import ask
 from shared.postgres.pool import Connection
 
 _NUMBER_DIGITS = 4
+_NUMBER = re.compile("([A-Za-z]{0,2})([0-9]+)")
 _MAX_CANDIDATES = 11
 
 # Selects per restaurant, so that the indexes on (restaurant, created at) and (restaurant, id) are used.
@@ -129,8 +131,10 @@ def order_id_of(text: str, restaurant: str | None) -> str:
 
 
 def _numbers(text: str) -> list[str]:
-    """Returns the order numbers that `text` may mean: 42 may mean 0042."""
-    return [text, text.upper(), text.zfill(_NUMBER_DIGITS)] if text.isdigit() else [text, text.upper()]
+    """Returns the order numbers that `text` may mean: 42 may mean 0042, and a43 may mean A0043."""
+    found = _NUMBER.fullmatch(text)
+    padded = [found[1].upper() + found[2].zfill(_NUMBER_DIGITS)] if found else []
+    return [text, text.upper(), *padded]
 
 
 def _description(match: OrderMatch) -> str:

@@ -2,14 +2,16 @@
 
 Guarantee: every change is applied at least once, under the guard. The mirror stores the offset of the writer, and the
 same script updates the offset and the data. If the mirror was wiped or replaced by an older copy, the writer therefore
-notices it and rewinds. If the mirror still has an offset, the writer continues there. Otherwise it loads the live
-window from PostgreSQL, and then reads the log from ten minutes before PostgreSQL's last heartbeat.
+notices it and rewinds; the check each second finds that without traffic too. If the mirror still has an offset, the
+writer continues there. Otherwise it loads the live window from PostgreSQL, and then reads the log from ten minutes
+before PostgreSQL's last heartbeat.
 
 Order: changes are applied in the order of the log.
 
 Warm: a mirror takes claims when the log has been read to its end and `mirror_settle_seconds` have passed since the
 mirror was found cold. By then, changes that were claimed on a lost mirror are recorded and read. A new system does not
-wait, because nothing can be in flight there.
+wait, because nothing can be in flight there. PostgreSQL gives the mirror a new identity, so a lost mirror stays cold
+while PostgreSQL is unavailable.
 
 The requests have revealed most changes already. Therefore the writer first asks a warm mirror which changes it lacks. A
 change that the mirror has in the same version or a later one is neither decoded nor sent. The answer is valid only for
@@ -57,7 +59,7 @@ from shared.entities.contract import (
     outline,
     split_batch,
 )
-from shared.lifecycle import BackgroundLoop
+from shared.lifecycle import BackgroundLoop, end_tasks
 from shared.messaging.log import LogBatch, LogEntry, LogReader
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
@@ -82,6 +84,7 @@ _ON_MIRROR = {
 # which saves round trips to the mirror.
 _GATHER_SECONDS = 0.02
 _SMALL_BATCH_MESSAGES = 50
+_POSITION_CHECK_SECONDS = 1.0
 
 
 class _Logged(Struct):
@@ -118,6 +121,9 @@ class MirrorWriter:
         self.warm_up = WarmUp(settings, postgres, mirror, self._reader)
         self.loop = BackgroundLoop("mirror-writer", self._run)
         self._attempt = 0
+        self._server = ""
+        self._applied: LogState | None = None
+        """The position that this writer has applied to the mirror of `_server`."""
         self.warm = False
 
     def start(self) -> None:
@@ -129,14 +135,35 @@ class MirrorWriter:
     async def _run(self) -> None:
         while True:
             try:
-                await self._follow(await self.warm_up.begin())
+                await self._follow_and_check(await self.warm_up.begin())
             except Rewind as rewind:
                 log.warning("mirror_rewind", reason=str(rewind))
             except (MirrorUnavailable, MirrorInDoubt, *UNAVAILABLE, *BROKEN_LINK) as error:
                 log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=self._attempt)
-            self.warm = False
+            self.warm, self._applied = False, None
             self._attempt += 1
             await asyncio.sleep(backoff(self._attempt))
+
+    async def _follow_and_check(self, begun: StartPoint) -> None:
+        tasks = {
+            asyncio.create_task(self._follow(begun), name="mirror-follow"),
+            asyncio.create_task(self._check_position(), name="mirror-position"),
+        }
+        try:
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for error in [task.exception() for task in ended]:
+                if error is not None:
+                    raise error
+        finally:
+            await end_tasks(*tasks)
+
+    async def _check_position(self) -> None:
+        """Finds a mirror that has lost what this writer applied, also if no message arrives. Such a mirror is cold from
+        then on, even if its stamp names its server, because somebody restored an old copy."""
+        while True:
+            await asyncio.sleep(_POSITION_CHECK_SECONDS)
+            if self._applied is not None:
+                self._check_mirror(await self._mirror.apply([], at=self._applied, server=self._server))
 
     def _reader(self) -> LogReader:
         return LogReader(
@@ -148,7 +175,8 @@ class MirrorWriter:
     # -- following the log -------------------------------------------------------------------------------------
 
     async def _follow(self, begun: StartPoint) -> None:
-        state, self.warm = begun.state, begun.warm
+        state = self._applied = begun.state
+        self._server, self.warm = begun.server, begun.warm
         if not self.warm:
             # Start to read after the settle period, so that the mark at the end of the log comes after every change
             # that was in flight.
@@ -164,7 +192,7 @@ class MirrorWriter:
                 next_state = LogState(state.epoch, batch.last_offset)
                 began = time.time_ns()
                 self._trace(await self.apply_entries(batch.entries, state, next_state), began)
-                state = next_state
+                state = self._applied = next_state
                 await self._handle_signals(batch, state)
                 self.loop.turned()
                 if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
@@ -200,7 +228,7 @@ class MirrorWriter:
             self._watch.note_log_end()
             self._attempt = 0
             if not self.warm:
-                await self.warm_up.stamp(state)
+                await self.warm_up.stamp(state, self._server)
                 self.warm = True
         if batch.heartbeats:
             if self.warm and not await self._mirror.is_warm():
@@ -221,12 +249,14 @@ class MirrorWriter:
         for place, chunk in enumerate(chunks, start=1):
             last = place == len(chunks) and not repairs
             late = self._check_mirror(
-                await self._mirror.apply(chunk, at=at, note=note if last else None, only_warm=self.warm)
+                await self._mirror.apply(
+                    chunk, at=at, note=note if last else None, server=self._server, only_warm=self.warm
+                )
             )
             if late:
                 await self._mirror.apply(await self._from_postgres([chunk[place] for place in late]))
         if repairs and note is not None:
-            self._check_mirror(await self._mirror.apply([], at=at, note=note, only_warm=self.warm))
+            self._check_mirror(await self._mirror.apply([], at=at, note=note, server=self._server, only_warm=self.warm))
 
     def _check_mirror(self, late: list[int] | None) -> list[int]:
         if late is None:

@@ -1,9 +1,10 @@
--- with stock.lua
+-- with identity.lua, stock.lua
 -- apply: writes states into the mirror, each under the guard (version, change id). The reveal of a commit, the batches of
 -- the mirror writer and the rebuild of a mirror all use this script, so that the guard exists only once.
--- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number counter
+-- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number series
 -- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 new offset of the log state ('': keep it)
---       4 write only to a warm mirror (0/1), because the caller sends only the states that this mirror lacked
+--       4 the server that the caller has filled ('': any)  5 write only to a warm mirror (0/1), because the caller
+--       sends only the states that this mirror lacked
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
 --       the stock that an order holds or the count of an inventory item (see stock.lua)
 --       how: 'reveal'  the state becomes pending, unless sync_state.lua has already noted its commit
@@ -15,19 +16,23 @@ if ARGV[2] ~= '' then
   local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
   -- The mirror may be ahead of the caller, if another mirror writer was faster. That is harmless, because applying a change
   -- is idempotent.
-  if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
+  if at[1] ~= ARGV[1] then
+    return {'rewind'}
+  end
+  if tonumber(at[2]) < tonumber(ARGV[2]) then
+    -- The mirror has lost what the caller applied, for example because somebody restored an old copy. It may have lost
+    -- claims and the states of other changes too, so it takes no claims until it has been filled again.
+    redis.call('DEL', KEYS[3])
     return {'rewind'}
   end
 end
-local cold = ARGV[2] ~= ''
-  and redis.call('GET', KEYS[3]) ~= string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-if cold and ARGV[4] == '1' then
+if ARGV[4] ~= '' and this_server() ~= ARGV[4] or ARGV[5] == '1' and not warm_identity(KEYS[3]) then
   return {'rewind'}
 end
 local reply = {'applied'}
-local count = (#ARGV - 4) / 9
+local count = (#ARGV - 5) / 9
 for i = 1, count do
-  local k, a = 3 + (i - 1) * 5, 4 + (i - 1) * 9
+  local k, a = 3 + (i - 1) * 5, 5 + (i - 1) * 9
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd', 'h')
   local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h', 'c', 'stored')
@@ -42,11 +47,6 @@ for i = 1, count do
       or version > head
       or (version == head and (change > doc[2] or (change == doc[2] and not doc[3])))
     then
-      if cold and tonumber(ARGV[a + 8]) then
-        -- This mirror was filled before and lacks this order. Therefore an earlier mirror was lost, and its order
-        -- numbers with it (see warm.lua).
-        redis.call('HSET', KEYS[1], 'lost', 1)
-      end
       -- This write must come first: a full server refuses a script only at its first write, and only if that write may
       -- need more memory.
       redis.call('HSET', KEYS[k + 1], 'v', version, 'c', change, 'd', ARGV[a + 3], 'p', ARGV[a + 5])
@@ -76,10 +76,11 @@ for i = 1, count do
       redis.call('ZREM', KEYS[2], ARGV[a + 6])
     end
   end
-  -- An order number that a state contains is never given again.
-  local number = tonumber(ARGV[a + 8])
-  if number and number > tonumber(redis.call('GET', KEYS[k + 5]) or 0) then
-    redis.call('SET', KEYS[k + 5], number, 'EX', 691200)
+  -- An order number that a state contains is never given again (see order_number.lua).
+  local prefix, digits = string.match(ARGV[a + 8], '^(%u*)(%d+)$')
+  if digits and tonumber(digits) > tonumber(redis.call('HGET', KEYS[k + 5], prefix) or 0) then
+    redis.call('HSET', KEYS[k + 5], prefix, tonumber(digits))
+    redis.call('EXPIRE', KEYS[k + 5], 691200)
   end
 end
 if ARGV[3] ~= '' and tonumber(ARGV[3]) > tonumber(redis.call('HGET', KEYS[1], 'offset') or -1) then

@@ -1,8 +1,11 @@
--- Returns the next number of a series, such as "0042". Each restaurant and business day has a series. This is a part of
--- claim.lua, so that the number and the claim are atomic. `floor`: the highest number that the caller knows, for a mirror
--- that lost its counter. The counter expires after eight days, when no order of that business day can be created any more.
-local function next_order_number(series, floor)
-  local number = math.max(tonumber(redis.call('GET', series) or 0), floor) + 1
-  redis.call('SET', series, number, 'EX', 691200)
-  return string.format('%04d', number)
+-- Returns the next number of a series, such as "0042" or "A0043". Each restaurant and business day has a series. This is a
+-- part of claim.lua, so that the number and the claim are atomic. The series is a hash: prefix -> last number; the numbers
+-- without a prefix have the empty one. The number of a prefix is higher than those without a prefix, so that people see
+-- one sequence. The series expires after eight days, when no order of that business day can be created any more.
+local function next_order_number(series, prefix)
+  local last = redis.call('HMGET', series, '', prefix)
+  local number = math.max(tonumber(last[1] or 0), tonumber(last[2] or 0)) + 1
+  redis.call('HSET', series, prefix, number)
+  redis.call('EXPIRE', series, 691200)
+  return prefix .. string.format('%04d', number)
 end

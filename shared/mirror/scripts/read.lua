@@ -1,10 +1,10 @@
+-- with identity.lua
 -- read: returns docs of one kind of entity with their sync states.
 -- KEYS  1 warm stamp  2 pending  3 failed  4 conflicts  then docs
 -- ARGV  1 prefix of the members of the conflicts  then ids, in the order of the docs
 -- Replies {warm (0/1), then per doc: version, change id, state, pending (0/1), failure or '', conflict (0/1)};
 --         The version is false if the doc is missing.
-local warm = redis.call('GET', KEYS[1]) == string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-local reply = {warm and 1 or 0}
+local reply = {warm_identity(KEYS[1]) and 1 or 0}
 for i = 2, #ARGV do
   local id = ARGV[i]
   local doc = redis.call('HMGET', KEYS[3 + i], 'v', 'c', 'd')

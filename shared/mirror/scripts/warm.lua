@@ -1,18 +1,15 @@
+-- with identity.lua
 -- warm: makes the mirror warm, after the mirror writer has read the log to its end. From now on the mirror takes claims.
--- KEYS  1 ticketrail:log  2 warm stamp  then number counters of the present business day of each restaurant
--- ARGV  1 epoch  2 offset that the log state must have reached
---       3 gap: how many numbers to skip, because the last mirror may have given them before it was lost (0: none was lost)
--- Replies 1, or 0 if this is not the mirror that the caller filled.
-local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) then
+-- KEYS  1 ticketrail:log  2 warm stamp
+-- ARGV  1 epoch  2 offset that the log state must have reached  3 the server that the caller filled
+--       4 identity of the mirror from now on  5 prefix of its order numbers  6 last business day whose numbers have it
+-- Replies 1, or 0 if this is not the mirror that the caller filled. Does nothing if the mirror is already warm.
+local at, server = redis.call('HMGET', KEYS[1], 'epoch', 'offset'), this_server()
+if at[1] ~= ARGV[1] or tonumber(at[2]) < tonumber(ARGV[2]) or server ~= ARGV[3] then
   return 0
 end
-redis.call('HDEL', KEYS[1], 'lost')
-if tonumber(ARGV[3]) > 0 then
-  for i = 3, #KEYS do
-    redis.call('INCRBY', KEYS[i], ARGV[3])
-    redis.call('EXPIRE', KEYS[i], 691200)
-  end
+if redis.call('HGET', KEYS[2], 'server') ~= server then
+  redis.call('DEL', KEYS[2])
+  redis.call('HSET', KEYS[2], 'server', server, 'identity', ARGV[4], 'prefix', ARGV[5], 'until', ARGV[6])
 end
-redis.call('SET', KEYS[2], string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'))
 return 1

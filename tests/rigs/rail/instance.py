@@ -91,7 +91,7 @@ class RailRig:
         """Returns the change with the number of the claim, and the mirror's reply."""
         change, event = change_of(draft), encode(change_of(draft))
         series, stock = series_of(draft.entity, draft.state), stock_text(draft.entity, draft.state)
-        reply = await self.mirror.claim(draft.entity, change, event, draft.base, series, 0, stock)
+        reply = await self.mirror.claim(draft.entity, change, event, draft.base, series, stock)
         if isinstance(reply, Claimed):
             change, _ = with_number(draft.entity, change, draft.state, reply.number)
         return change, reply

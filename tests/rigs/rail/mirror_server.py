@@ -2,15 +2,15 @@
 
 import asyncio
 from collections.abc import Sequence
+from uuid import uuid4
 
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection
+from shared.mirror.identity import MirrorIdentity
 from shared.mirror.mirror import LogState, Mirror
 
 FRESH = LogState("test", -1)
 """The log state of a mirror that has read nothing."""
-_FORMER_SERVER = "0" * 40
-
 Copy = Sequence[tuple[bytes, int, bytes]]
 """A copy of a mirror: key, time to live in ms, value in the format of Redis's DUMP."""
 
@@ -25,10 +25,12 @@ class MirrorServer:
         await self.mirror.close()
         await self._redis.close()
 
-    async def warm(self, state: LogState = FRESH, series: Sequence[tuple[str, str]] = (), gap: int = 0) -> None:
-        """Makes the mirror warm, as the mirror writer does at the end of the log."""
+    async def warm(self, state: LogState = FRESH, identity: MirrorIdentity | None = None) -> None:
+        """Makes the mirror warm, as the mirror writer does at the end of the log. The default is a new identity whose
+        order numbers have no prefix."""
         await self.mirror.begin_log(state)
-        assert await self.mirror.warm(state, series, gap)
+        server, _ = await self.mirror.server()
+        assert await self.mirror.warm(state, server, identity or MirrorIdentity(uuid4().int >> 65, "", ""))
 
     async def cool(self) -> None:
         """Makes the mirror cold, as it is after a restart until the mirror writer has filled it."""
@@ -43,27 +45,43 @@ class MirrorServer:
         values = await asyncio.gather(*(self.call("DUMP", key) for key in every))
         return [(key, max(life, 0), value) for key, life, value in zip(every, lives, values, strict=True)]
 
-    async def roll_back(self, copy: Copy) -> None:
-        """Acts like a failover to a replica that lagged: the data is older and has the stamps of the former server."""
+    async def restore(self, copy: Copy) -> None:
+        """Replaces the data while the server runs, as an operator may do by mistake."""
         await self.wipe()
         await asyncio.gather(*(self.call("RESTORE", key, life, value) for key, life, value in copy))
-        if await self.call("EXISTS", keys.WARM):
-            await self.call("SET", keys.WARM, _FORMER_SERVER)
-        for member in await self.claims():
-            await self.claimed_by_former_server(*member.split("|"))
 
-    async def claimed_by_former_server(self, restaurant: str, entity: str, id_: str) -> None:
+    async def fail_over_and_back(self) -> None:
+        """Makes the server a replica and promotes it again: the process keeps its run id and the data."""
+        await self.call("REPLICAOF", "127.0.0.1", 1)
+        await self.call("REPLICAOF", "NO", "ONE")
+
+    async def roll_back(self, copy: Copy) -> None:
+        """Acts like a failover and a failback, both to a replica that lagged."""
+        await self.restore(copy)
+        await self.fail_over_and_back()
+
+    async def claimed_in_former_mirror(self, restaurant: str, entity: str, id_: str) -> None:
         """Makes a claim look as if a lost mirror had taken it and this mirror were a copy."""
         claim = keys.claim(restaurant, entity, id_)
-        if await self.call("HEXISTS", claim, "server"):
-            await self.call("HSET", claim, "server", _FORMER_SERVER)
+        if await self.call("HEXISTS", claim, "mirror"):
+            await self.call("HSET", claim, "mirror", "0")
 
     async def age_claims(self) -> None:
-        """Makes every claim an hour older, so that it is stale."""
+        """Makes every claim an hour older, so that it is stale. Claims from the future stay: they are stale already."""
+        seconds, _ = await self.call("TIME")
+        await self._move_claims(-1, latest=int(seconds) * 1000)
+
+    async def jump_clock(self, hours: int) -> None:
+        """Makes every claim look as if the server's clock had jumped ahead or back since it was made."""
+        await self._move_claims(-hours)
+
+    async def _move_claims(self, hours: int, *, latest: int | None = None) -> None:
         for member in await self.claims():
             claim = keys.claim(*member.split("|"))
-            at = int(await self.call("HGET", claim, "at")) - 3_600_000
-            await asyncio.gather(self.call("HSET", claim, "at", at), self.call("ZADD", keys.CLAIMS, at, member))
+            at = int(await self.call("HGET", claim, "at"))
+            if latest is None or at <= latest + 1000:
+                at += hours * 3_600_000
+                await asyncio.gather(self.call("HSET", claim, "at", at), self.call("ZADD", keys.CLAIMS, at, member))
 
     async def claims(self, restaurant: str = "") -> list[str]:
         """The members of the claims index, stale or not; of one restaurant or of all."""

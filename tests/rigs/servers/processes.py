@@ -26,11 +26,17 @@ class LocalProcess:
             self.server.kill()
 
 
-def local_redis(folder: Path) -> Redis:
+def local_redis(folder: Path, *arguments: str) -> Redis:
     """Returns a Redis that is a local process even if the run uses containers, because tests copy and restore its
-    files."""
+    files, or start it with more `arguments`."""
     (port,) = find_free(1)
-    own = servers.Redis(folder / f"redis-{port}", folder / f"redis-{port}.log", packages.ensure(), port=port)
+    own = servers.Redis(
+        folder / f"redis-{port}",
+        folder / f"redis-{port}.log",
+        packages.ensure(),
+        port=port,
+        arguments=arguments,
+    )
     return Redis(LocalProcess(own), port)
 
 
