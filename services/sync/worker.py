@@ -130,6 +130,7 @@ def _watch(parts: WorkerParts) -> None:
     )
     watch("ticketrail_mirror_warm", lambda: parts.mirror_writer.warm)
     watch("ticketrail_feed_stalled_seconds", lambda: parts.feed_loop.stalled_seconds)
+    watch("ticketrail_claims_unfinished", lambda: parts.rail_parts.rail.claim_finisher.unfinished)
     watch_pool(parts.metrics, parts.postgres)
 
 

@@ -43,6 +43,7 @@ GAUGES = {
     "ticketrail_holding": "1 while PostgreSQL is unavailable and batches are held",
     "ticketrail_mirror_warm": "1 while the mirror takes claims",
     "ticketrail_feed_stalled_seconds": "Seconds for which an open transaction has held back the feed",
+    "ticketrail_claims_unfinished": "Stale claims whose last attempt to finish them failed",
     "ticketrail_dead_letters_open": "Dead letters that are open or replaying",
     "ticketrail_conflicts_open": "Entities with an open conflict",
     "ticketrail_pending": "Changes that are not in PostgreSQL yet",

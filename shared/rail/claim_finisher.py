@@ -2,12 +2,18 @@
 
 A commit finishes the stale claim that stands in its way. The reconciler finishes all others. Finishing is idempotent:
 the change keeps its id, so that two instances may finish the same claim, also while its owner does.
+
+A claim that cannot be finished holds back no other one: the round passes over it, and later rounds try it again after a
+growing pause. Reasons are a change that the broker does not confirm and no journal takes, and a change of a newer
+release. The claims are finished one after the other, so that none shares a message with one that the broker refuses.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import structlog
+from msgspec import Struct
 
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, decode_change
@@ -15,6 +21,7 @@ from shared.entities.entity import Entity
 from shared.errors import Unavailable
 from shared.messaging.topology import lane_of
 from shared.mirror.claim_replies import Stale
+from shared.mirror.connection import MirrorInDoubt
 from shared.mirror.mirror import Mirror
 from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer
@@ -22,6 +29,19 @@ from shared.rail.order_numbers import with_number_in_event
 from shared.rail.record import Recorder, Unrecorded
 
 log = structlog.get_logger(__name__)
+
+
+_CLAIMS_PER_ROUND = 100
+_MAX_ROUND_SECONDS = 10.0
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 5.0, 60.0
+
+
+class _Unfinished(Struct):
+    """A claim that could not be finished."""
+
+    attempts: int
+    next_at: float
+    """The next attempt may begin at this time, on the clock of the finisher."""
 
 
 class Reveal(Protocol):
@@ -37,34 +57,57 @@ class ClaimFinisher:
         *,
         tracer: Tracer | None = None,
         metrics: RailMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`tracer`: adds spans to the traces of other instances' changes when this instance finishes their claims."""
+        """`tracer`: adds spans to the traces of other instances' changes when this instance finishes their claims.
+        `clock` counts seconds."""
         self._mirror = mirror
         self._recorder = recorder
         self._reveal = reveal
         self._tracer = tracer
         self._metrics = metrics
+        self._clock = clock
+        self._unfinished: dict[str, _Unfinished] = {}
+        """The member of a claim that could not be finished -> its attempts."""
+
+    @property
+    def unfinished(self) -> int:
+        """The number of stale claims whose last attempt failed."""
+        return len(self._unfinished)
 
     async def finish_all(self) -> int:
-        """Finishes the stale claims of all tenants. Returns their number. Raises Unavailable, MirrorUnavailable and
-        MirrorInDoubt."""
-        finished = 0
-        for member in await self._mirror.stale_claims():
-            stale = await self._mirror.mark(member)
-            if stale is None:
-                continue
+        """Finishes the stale claims of all tenants, and passes over those that cannot be finished now. Returns the
+        number of finished claims. Raises MirrorUnavailable, and MirrorInDoubt if the claims cannot be listed."""
+        members = await self._mirror.stale_claims(limit=_CLAIMS_PER_ROUND + len(self._unfinished))
+        listed = set(members)
+        # What is no longer listed was finished by another instance or by the next writer of the entity.
+        self._unfinished = {member: one for member, one in self._unfinished.items() if member in listed}
+        due = [member for member, one in self._unfinished.items() if one.next_at <= self._clock()]
+        finished, ends_at = 0, self._clock() + _MAX_ROUND_SECONDS
+        # Claims that failed before come last, so that they take the time of a round from no other claim.
+        for member in [*(member for member in members if member not in self._unfinished), *due]:
             try:
-                await self.finish(stale)
-            except BrokenContract as error:
-                # The change is broken or of a newer release. Leave the claim to an instance that can read it.
-                log.error("claim_not_finished", member=member, reason=error.reason, error=str(error))
-                continue
-            finished += 1
+                stale = await self._mirror.mark(member)
+                if stale is not None and not await self.finish(stale):
+                    raise Unavailable("the change is recorded, and the mirror did not take it")
+            except (Unavailable, MirrorInDoubt, BrokenContract) as error:
+                self._pass_over(member, error)
+            else:
+                finished += stale is not None
+                self._unfinished.pop(member, None)
+            if self._clock() >= ends_at:
+                break
         return finished
 
-    async def finish(self, stale: Stale) -> None:
-        """Records and reveals the change of a stale claim, under its own id. Raises Unavailable, and BrokenContract if
-        a newer release made the change."""
+    def _pass_over(self, member: str, error: Exception) -> None:
+        attempts = self._unfinished[member].attempts + 1 if member in self._unfinished else 1
+        pause = min(_FIRST_PAUSE_SECONDS * 2 ** min(attempts - 1, 10), _MAX_PAUSE_SECONDS)
+        self._unfinished[member] = _Unfinished(attempts, self._clock() + pause)
+        log.error("claim_not_finished", member=member, attempts=attempts, error=str(error) or type(error).__name__)
+
+    async def finish(self, stale: Stale) -> bool:
+        """Records and reveals the change of a stale claim, under its own id. Returns whether the mirror has it. Raises
+        Unavailable, and BrokenContract if a newer release made the change."""
         entity, _ = registry.read(decode_change(stale.event))
         event = with_number_in_event(entity, stale.event, stale.number)
         change = decode_change(event)
@@ -74,7 +117,7 @@ class ClaimFinisher:
             await self._recorder.record(lane_of(change), event, change.traceparent)
         except Unrecorded as error:
             raise Unavailable("an earlier change of this entity is not finished yet; retry", retry_after=2.0) from error
-        await self._reveal(entity, change, state)
+        visible = await self._reveal(entity, change, state)
         if self._metrics is not None:
             self._metrics.claims_finished.inc()
         # This span is exported even if the trace is not sampled. The request that made the claim never ended its trace,
@@ -83,3 +126,4 @@ class ClaimFinisher:
             found = {"ticketrail.change_id": change.id, "ticketrail.order_id": change.entity_id}
             self._tracer.add(change.traceparent, "finish claim", began, time.time_ns(), attributes=found)
         log.info("claim_finished", change_id=change.id, subject=change.subject, version=change.entityversion)
+        return visible

@@ -107,7 +107,7 @@ class Rail:
         self._metrics = metrics
         self._clock = clock
         self._sleep = sleep
-        self.claim_finisher = ClaimFinisher(mirror, recorder, self._reveal, tracer=tracer, metrics=metrics)
+        self.claim_finisher = ClaimFinisher(mirror, recorder, self._reveal, tracer=tracer, metrics=metrics, clock=clock)
         # Recent creations with an idempotency key that this instance made without a claim. The value is None while the
         # creation is under way. Until PostgreSQL has the creation, only this table can recognise a repeat.
         self._without_claim: dict[str, tuple[Head, Any] | None] = {}
