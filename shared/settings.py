@@ -213,7 +213,9 @@ class Settings(BaseSettings):
     )
 
     publish_timeout_seconds: PositiveFloat = COMMIT.setting(
-        1.5, "A change goes to the journal if it has no publisher confirm after this time.", unit="seconds"
+        1.5,
+        "A change goes to the journal if it has no publisher confirm after this time (longer for many bytes).",
+        unit="seconds",
     )
     publish_max_changes: PositiveInt = COMMIT.setting(
         256, "The maximum number of changes in one message.", unit="changes"
@@ -281,7 +283,7 @@ class Settings(BaseSettings):
     )
     lane_consumers: PositiveInt = WORKER.setting(2, "The number of consumers of each lane.", unit="consumers")
     lane_prefetch: PositiveInt = WORKER.setting(
-        200, "The maximum number of unacknowledged messages of one consumer of a lane.", unit="messages"
+        100, "The maximum number of unacknowledged messages of one consumer of a lane.", unit="messages"
     )
     batch_max_changes: PositiveInt = WORKER.setting(
         500, "The maximum number of changes that are written in one transaction.", unit="changes"

@@ -27,11 +27,12 @@ from shared.http.service import create_service, settings_of_service
 from shared.lifecycle import freeze_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
+from shared.messaging.publisher import Publisher
 from shared.messaging.topology import REFERENCE_LOG
 from shared.observability.metrics import Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
-from shared.rail.assemble import RailParts, assemble_rail
+from shared.rail.assemble import RailParts, assemble_rail, publisher_of
 from shared.rail.drain import Drainer
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
@@ -48,6 +49,8 @@ class OrdersParts(Struct, frozen=True):
     postgres: Postgres
     rail_parts: RailParts
     journal: Journal
+    journal_publisher: Publisher
+    """Has a connection of its own, so that new changes do not wait behind the journals."""
     drainer: Drainer
     orphaned_journals: OrphanedJournals
     menus: Menus
@@ -76,7 +79,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         tracer=tracer,
         metrics=RailMetrics(metrics),
     )
-    mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
+    mirror, rail, journal_publisher = rail_parts.mirror, rail_parts.rail, publisher_of(settings)
     reads = EntityReads(postgres, mirror, ReadMetrics(metrics))
     reader = LogReader(
         settings.rabbitmq_url,
@@ -102,10 +105,11 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         postgres,
         rail_parts,
         journal,
-        Drainer(journal, publisher, tracer),
+        journal_publisher,
+        Drainer(journal, journal_publisher, tracer),
         OrphanedJournals(
             settings.journal_folder,
-            publisher,
+            journal_publisher,
             tracer,
             own=settings.instance_number,
             max_bytes=settings.journal_max_bytes,
@@ -157,6 +161,7 @@ async def start(parts: OrdersParts) -> None:
     broker = await declare.check_at_start(parts.settings)
     # If the check has already waited for an unavailable broker, the publisher does not wait again.
     await parts.rail_parts.publisher.start(wait=3.0 if broker else 0.0)
+    await parts.journal_publisher.start()
     parts.drainer.start()
     parts.orphaned_journals.start()
     parts.menus.start()
@@ -168,6 +173,7 @@ async def stop(parts: OrdersParts) -> None:
     await parts.reads.drain()
     await parts.orphaned_journals.stop()
     await parts.drainer.stop()
+    await parts.journal_publisher.stop()
     await parts.menus.stop()
     await parts.rail_parts.close()
     await parts.journal.close()

@@ -7,8 +7,12 @@ majority. `publish` raises
     NotSent   nothing was sent, because there is no connection
     InDoubt   bytes were sent, but a nack, a return, a timeout or a lost channel followed: the broker may have it
 
+The wait grows with the bytes that are on their way (`patience`), because a slow broker must not look like an
+unavailable one: each message would be sent again, over a new connection, and the broker would store another copy of it.
+
 After an InDoubt the publisher drops the connection and makes a new one, with jittered backoff. A frozen broker costs
-one timeout, not one per message: until the next connection is ready, every publish raises NotSent at once.
+one timeout, not one per message: until the next connection is ready, every publish raises NotSent at once. After a
+timeout the publisher keeps a connection over which another message was answered within that time.
 
 The publisher counts as connected only when the broker has every queue that its messages go to. A broker that has just
 started has its exchanges and quorum queues seconds before its streams. In that time it routes a message only to the
@@ -20,6 +24,7 @@ opened while a stream had no leader sends nacks forever, even after the stream h
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from uuid import uuid4
 
@@ -56,6 +61,14 @@ def closed_channel_as_connection_error() -> Iterator[None]:
 
 
 _RENEW_INTERVAL_SECONDS = 2.0
+_MIN_BYTES_PER_SECOND = 250_000
+"""A broker that takes bytes more slowly than this counts as unavailable."""
+
+
+def patience(size: int, timeout: float) -> float:
+    """Returns how many seconds to wait for a confirm while `size` bytes are on their way. `timeout`: the seconds to
+    wait for a message without bytes."""
+    return timeout + size / _MIN_BYTES_PER_SECOND
 
 
 class NotSent(Exception):
@@ -76,12 +89,15 @@ class Publisher:
         timeout: float,
         connect: Connect = aio_pika.connect,
     ) -> None:
-        """`queues`: all queues that are bound to the exchange. `timeout`: seconds to wait for a confirm. `connect`:
-        opens a connection to one node."""
+        """`queues`: all queues that are bound to the exchange. `timeout`: seconds to wait for a confirm, beside the
+        time that the bytes take (`patience`). `connect`: opens a connection to one node."""
         self._hosts = Hosts(url, connect=connect)
         self._exchange_name = exchange
         self._queues = queues
         self._timeout = timeout
+        self._unanswered_bytes = 0
+        self._answered_at = float("-inf")
+        """When the broker last answered a publish, on the clock of `time.monotonic`."""
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
         self._exchange: AbstractExchange | None = None
@@ -118,8 +134,8 @@ class Publisher:
     async def publish_to_queue(
         self, queue: str, body: bytes, *, headers: dict[str, int | str] | None = None, timeout: float | None = None
     ) -> None:
-        """Publishes to one queue, through the default exchange. `timeout`: the seconds to wait for the confirm; pass it
-        for a large message. Raises NotSent and InDoubt."""
+        """Publishes to one queue, through the default exchange. `timeout`: replaces that of the publisher. Raises
+        NotSent and InDoubt."""
         await self._publish(self._default, queue, body, headers, timeout)
 
     async def _publish(
@@ -139,19 +155,33 @@ class Publisher:
             message_id=uuid4().hex,  # unique for every publish, because returned messages are matched by it
             headers=dict(headers or {}),
         )
+        timeout = timeout or self._timeout
+        # All bytes of a connection share its bandwidth, so the wait covers those of other messages too.
+        self._unanswered_bytes += len(body)
         try:
-            await exchange.publish(message, routing_key, mandatory=True, timeout=timeout or self._timeout)
+            await exchange.publish(
+                message, routing_key, mandatory=True, timeout=patience(self._unanswered_bytes, timeout)
+            )
+            self._answered_at = time.monotonic()
         except DeliveryError as error:
             # After a nack or a return the connection works, but one of the queues does not. The other queues may have
             # the message.
+            self._answered_at = time.monotonic()
             if exchange in (self._exchange, self._default) and not isinstance(error, PublishError):
                 self._nacked.set()
             raise InDoubt(f"the message was not confirmed: {type(error).__name__}") from error
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             # The error is one of BROKEN_LINK, or the bare Exception of a channel that was closed during the call.
-            if exchange in (self._exchange, self._default):
+            # aiormq cancels some futures then, although nobody has cancelled this task.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and (task is None or task.cancelling()):
+                raise
+            slow = isinstance(error, TimeoutError) and time.monotonic() - self._answered_at < timeout
+            if exchange in (self._exchange, self._default) and not slow:
                 self._give_up()
             raise InDoubt(f"the message got no confirm: {described(error)}") from error
+        finally:
+            self._unanswered_bytes -= len(body)
 
     def _give_up(self) -> None:
         self._exchange = self._default = None

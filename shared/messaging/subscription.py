@@ -20,32 +20,42 @@ from typing import Any
 
 import structlog
 from aiormq.abc import AbstractChannel
+from aiormq.exceptions import ChannelInvalidStateError
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
 from shared.errors import described
-from shared.messaging.publisher import BROKEN_LINK
+from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 
 log = structlog.get_logger(__name__)
 
 _OPEN_TIMEOUT_SECONDS = 10.0
 _CONNECT_TIMEOUT_SECONDS = 5.0
 _CLOSE_TIMEOUT_SECONDS = 1.0
+_PAUSE_TIMEOUT_SECONDS = 10.0
+_PASS_ON_SECONDS = 0.05  # for messages that have arrived and are not passed on yet
 
 
 class Delivery:
     """One message of a queue, and the channel on which to acknowledge it."""
 
-    __slots__ = ("body", "channel", "headers", "queue", "tag")
+    __slots__ = ("body", "channel", "consumer", "headers", "queue", "tag")
 
     def __init__(self, queue: str, message: RabbitMessage) -> None:
         raw = message.raw_message
-        assert raw.delivery_tag is not None
+        assert raw.delivery_tag is not None and raw.consumer_tag is not None
         self.queue = queue
         self.body: bytes = raw.body
         self.headers: Mapping[str, Any] = raw.headers
         self.channel: AbstractChannel = raw.channel
         self.tag: int = raw.delivery_tag
+        self.consumer: str = raw.consumer_tag
+
+    @property
+    def deliveries(self) -> int:
+        """How often the broker has delivered the message, this time included."""
+        before = self.headers.get("x-delivery-count")
+        return (before if isinstance(before, int) else 0) + 1
 
     @property
     def channel_open(self) -> bool:
@@ -96,6 +106,8 @@ class Subscription:
             )
             for queue in queues
         }
+        self._consumers: dict[str, tuple[AbstractChannel, str]] = {}
+        """Queue -> channel and tag of its consumer, known from its latest delivery."""
         self._opening: asyncio.Task[None] | None = None
         self._readers: list[asyncio.Task[None]] = []
         self._late: asyncio.Task[None] | None = None
@@ -120,6 +132,18 @@ class Subscription:
             declared = await channel.declare_queue(queue, passive=True, robust=False)
             await channel.close()
         return declared.declaration_result.consumer_count or 0
+
+    async def pause(self) -> None:
+        """Asks the broker to deliver nothing more. What is on its way still reaches `on_message`; `end` and `close`
+        give it back. Takes at most ten seconds."""
+        for channel, consumer in list(self._consumers.values()):
+            try:
+                with closed_channel_as_connection_error():
+                    async with asyncio.timeout(_PAUSE_TIMEOUT_SECONDS):
+                        await channel.basic_cancel(consumer)
+            except (ChannelInvalidStateError, *BROKEN_LINK) as error:
+                log.debug("subscription_pause", error=described(error))
+        await asyncio.sleep(_PASS_ON_SECONDS)
 
     async def end(self) -> None:
         """Stops the deliveries. Messages that were passed on before can still be acknowledged. May be called twice, or
@@ -156,7 +180,9 @@ class Subscription:
     async def _read(self, queue: str, subscriber: Any) -> None:
         try:
             async for message in subscriber:
-                self._on_message(Delivery(queue, message))
+                delivery = Delivery(queue, message)
+                self._consumers[queue] = delivery.channel, delivery.consumer
+                self._on_message(delivery)
         except Exception as error:  # noqa: BLE001  (a broken peer may cause any error; the owner connects again)
             log.warning("subscription_broke", queue=queue, error=described(error))
         self._lost()
@@ -171,8 +197,18 @@ class Subscription:
         self._late = asyncio.ensure_future(self._stop())
 
     async def _stop(self) -> None:
-        try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
-                await self._broker.stop()
-        except BROKEN_LINK as error:
-            log.debug("subscription_close", error=described(error))
+        """Closes the connection. If that takes longer than a second, it goes on in the background: FastStream would
+        connect again, and consume, if it were cancelled half-way."""
+        stopping = asyncio.create_task(self._broker.stop(), name="subscription-stop")
+        _stopping.add(stopping)
+        stopping.add_done_callback(_stopped)
+        await asyncio.wait({stopping}, timeout=_CLOSE_TIMEOUT_SECONDS)
+
+
+_stopping: set[asyncio.Task[None]] = set()
+
+
+def _stopped(task: "asyncio.Task[None]") -> None:
+    _stopping.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("subscription_close", error=described(error))

@@ -39,6 +39,19 @@ UNAVAILABLE = (
 )
 
 
+# The beginnings of messages about a wrong number of arguments. asyncpg has no error type of its own for them.
+_WRONG_ARGUMENTS = ("the server expects", "the number of query arguments")
+
+
+def refused_by_client(error: BaseException) -> bool:
+    """Returns whether asyncpg refused a statement before it sent it: it cannot encode a value (a ValueError), or the
+    statement does not fit its arguments (a bug of ours). Like a broken connection, this is an InterfaceError, but
+    waiting does not help. An asyncpg.DataError is not meant: it is a PostgresError, whoever raises it."""
+    return isinstance(error, asyncpg.InterfaceError) and (
+        isinstance(error, ValueError | asyncpg.UnsupportedClientFeatureError) or str(error).startswith(_WRONG_ARGUMENTS)
+    )
+
+
 class PostgresUnavailable(ConnectionError):
     """The breaker is open: PostgreSQL did not answer a moment ago."""
 
@@ -128,7 +141,7 @@ class Postgres:
         # in the meantime.
         if isinstance(error, TimeoutError) and self._answered > began:
             return
-        if isinstance(error, ValueError):  # asyncpg rejected an argument's type and sent nothing to the server
+        if refused_by_client(error):
             return
         self._failures += 1
         self._closed_until = time.monotonic() + backoff(self._failures)

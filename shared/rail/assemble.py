@@ -23,6 +23,8 @@ log = structlog.get_logger(__name__)
 
 _MAX_CLOCK_SKEW_SECONDS = 5.0
 _CLOCK_TIMEOUT_SECONDS = 0.5
+_WAIT_SHARE = 2 / 3  # with the default timeout, a change waits at most one second for its publish
+_SECOND_CONNECT_SECONDS = 5.0
 
 
 class RailParts(Struct, frozen=True):
@@ -32,6 +34,8 @@ class RailParts(Struct, frozen=True):
     publisher: Publisher
     recorder: Recorder
     rail: Rail
+    second_publisher: Publisher | None = None
+    """Publishes what would delay other changes, in a process without a journal."""
 
     def watch(self, metrics: Metrics) -> None:
         metrics.watch("ticketrail_broker_connected", lambda: self.publisher.connected)
@@ -65,9 +69,11 @@ class RailParts(Struct, frozen=True):
         return details
 
     async def close(self) -> None:
-        """Waits for the commits that are under way, then closes both connections."""
+        """Waits for the commits that are under way, then closes all connections."""
         await self.rail.drain()
         await self.publisher.stop()
+        if self.second_publisher is not None:
+            await self.second_publisher.stop()
         await self.mirror.close()
 
 
@@ -87,16 +93,24 @@ def assemble_rail(
 
     `mirror`, `publisher`: connections to use instead of new ones. `journal`: takes changes while the broker cannot.
     Without a journal, a change that cannot be recorded is refused, and a claim that cannot be finished stays in the
-    mirror for the next round. `publish_interval_ms`: the minimum time between two publishes of one lane, so that
+    mirror for the next round; what would delay other changes has a second connection, which is made when it is needed
+    (not if `publisher` is given). `publish_interval_ms`: the minimum time between two publishes of one lane, so that
     changes share a message.
     """
+    second = publisher_of(settings) if journal is None and publisher is None else None
     mirror, publisher = mirror or mirror_of(settings), publisher or publisher_of(settings)
     recorder = Recorder(
         publisher,
         journal,
         max_publishes=settings.publish_concurrency,
+        max_wait_seconds=settings.publish_timeout_seconds * _WAIT_SHARE,
         publish_interval_ms=publish_interval_ms,
         batch_max_changes=settings.publish_max_changes,
+        second=(
+            Recorder(second, None, max_publishes=1, connect_seconds=_SECOND_CONNECT_SECONDS, metrics=metrics)
+            if second
+            else None
+        ),
         metrics=metrics,
     )
     rail = Rail(
@@ -110,7 +124,7 @@ def assemble_rail(
         clock=clock,
         sleep=sleep,
     )
-    return RailParts(mirror, publisher, recorder, rail)
+    return RailParts(mirror, publisher, recorder, rail, second)
 
 
 def mirror_of(settings: Settings) -> Mirror:

@@ -2,6 +2,10 @@
 
 An entry leaves the journal only after its publisher confirm. If a publish is in doubt, the entry is published again,
 which is harmless. While the broker is unavailable, the drainer waits for the connection. It may be stopped at any time.
+
+The publisher of a drainer has a connection of its own, so that new changes do not wait behind the journal. Each publish
+in doubt may leave a copy of its entries in the broker. Therefore the messages become smaller after a doubt, and grow
+again while the broker confirms them in time.
 """
 
 import asyncio
@@ -22,6 +26,10 @@ log = structlog.get_logger(__name__)
 _POLL_INTERVAL_SECONDS = 0.2
 # The maximum pause after publishes without a confirm. Each repeat adds a copy to those bound queues that are not full.
 _MAX_PAUSE_SECONDS = 5.0
+_FIRST_MESSAGE_BYTES = 64 << 10
+_MIN_MESSAGE_BYTES = 512
+"""A message of this size has only one change."""
+_CONFIRMS_BEFORE_GROWTH = 10
 
 
 class Drainer:
@@ -29,6 +37,9 @@ class Drainer:
         self._journal = journal
         self._publisher = publisher
         self._tracer = tracer
+        self.message_bytes = _FIRST_MESSAGE_BYTES
+        """The maximum size of the next message with several entries."""
+        self._confirms = 0
         self.loop = BackgroundLoop("journal-drain", self._run)
         self.drained = dict.fromkeys(Lane, 0)
         """Maps a lane to the number of its entries that have left the journal."""
@@ -62,7 +73,7 @@ class Drainer:
         at the end."""
         drained, failed = 0, None
         for lane in Lane:
-            entries = _one_message(await self._journal.oldest(MAX_BATCH_CHANGES, lane))
+            entries = await self._journal.oldest(MAX_BATCH_CHANGES, lane, self.message_bytes)
             if not entries:
                 continue
             began = time.time_ns()
@@ -70,7 +81,10 @@ class Drainer:
                 await self._publisher.publish(lane.value, encode_batch(entry.event for entry in entries))
             except (NotSent, InDoubt) as error:
                 failed = failed or error
+                if isinstance(error, InDoubt):
+                    self._shrink()
                 continue
+            self._grow()
             self._trace(lane, entries, began)
             await self._journal.remove(entries)
             drained += len(entries)
@@ -80,6 +94,16 @@ class Drainer:
         if failed:
             raise failed
         return drained
+
+    def _shrink(self) -> None:
+        self.message_bytes = max(self.message_bytes // 2, _MIN_MESSAGE_BYTES)
+        self._confirms = 0
+
+    def _grow(self) -> None:
+        self._confirms += 1
+        if self._confirms == _CONFIRMS_BEFORE_GROWTH:
+            self.message_bytes = min(self.message_bytes * 2, MAX_MESSAGE_BYTES)
+            self._confirms = 0
 
     def _trace(self, lane: Lane, drained: list[JournalEntry], began: int) -> None:
         if self._tracer is None or not self._tracer.on:
@@ -99,14 +123,3 @@ class Drainer:
                     attributes=attributes,
                     links=(context,),
                 )
-
-
-def _one_message(entries: list[JournalEntry]) -> list[JournalEntry]:
-    """Returns the first entries that fit into one message, or only the first entry if it is larger than a message."""
-    size, count = 0, 0
-    for entry in entries:
-        size += len(entry.event)
-        if count and size > MAX_MESSAGE_BYTES:
-            break
-        count += 1
-    return entries[:count]

@@ -17,7 +17,11 @@ import time
 from pathlib import Path
 from typing import IO, Literal, Self
 
+import structlog
+
 from shared.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 _MAX_INSTANCE_NUMBER = 1_000
 _POLL_INTERVAL_SECONDS = 0.1
@@ -99,9 +103,13 @@ class Lease:
         except OSError as error:
             file.close()
             raise NumberTaken(f"{path} cannot be locked: {error}") from error
-        file.truncate(0)
-        file.write(f"{socket.gethostname()}, process {os.getpid()}\n")
-        file.flush()
+        try:
+            # Only for people: the lock is held without it. The file has no buffer, so that no text is left to write
+            # when the disk is full.
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{socket.gethostname()}, process {os.getpid()}\n".encode())
+        except OSError as error:
+            log.warning("lease_without_description", lock=str(path), error=str(error))
         return cls(number, file)
 
     def release(self) -> None:

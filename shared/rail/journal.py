@@ -20,10 +20,10 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 from msgspec import Struct
@@ -145,10 +145,11 @@ class Journal:
             self._flushing = asyncio.create_task(self._flush(), name="journal-flush")
         await done
 
-    async def oldest(self, count: int, lane: Lane | None = None) -> list[JournalEntry]:
-        """Returns up to `count` entries, oldest first, of one lane or of all lanes. Moves damaged entries to the table
-        `damaged` instead of returning them. Raises JournalBroken."""
-        return await self._run(partial(self._do, lambda: self._oldest(count, lane)))
+    async def oldest(self, count: int, lane: Lane | None = None, max_bytes: int | None = None) -> list[JournalEntry]:
+        """Returns up to `count` entries, oldest first, of one lane or of all lanes. `max_bytes`: their maximum size
+        together; a larger entry is returned alone. Moves damaged entries to the table `damaged` instead of returning
+        them. Raises JournalBroken."""
+        return await self._run(partial(self._do, lambda: self._oldest(count, lane, max_bytes)))
 
     async def remove(self, entries: Sequence[JournalEntry]) -> None:
         """Removes entries that the broker has confirmed. Raises JournalBroken."""
@@ -332,12 +333,22 @@ class Journal:
         else:
             self._untidy = False
 
-    def _oldest(self, count: int, lane: Lane | None) -> list[JournalEntry]:
+    def _oldest(self, count: int, lane: Lane | None, max_bytes: int | None) -> list[JournalEntry]:
         assert self._db is not None
-        rows = self._db.execute(
-            "select seq, sum, lane, event from entries where lane = coalesce(?, lane) order by seq limit ?",
-            (lane, count),
-        ).fetchall()
+        rows: list[tuple[Any, ...]] = []
+        size = 0
+        # Rows are read one by one, because `count` entries may have gigabytes.
+        with closing(
+            self._db.execute(
+                "select seq, sum, lane, event from entries where lane = coalesce(?, lane) order by seq limit ?",
+                (lane, count),
+            )
+        ) as found:
+            for row in found:
+                size += len(row[3]) if isinstance(row[3], bytes) else 0  # a damaged entry may have another type
+                if rows and max_bytes is not None and size > max_bytes:
+                    break
+                rows.append(row)
         if lost := [row for row in rows if not whole(*row[1:])]:
             self._keep_damaged(lost)
         return [JournalEntry(seq, Lane(of), event) for seq, entry, of, event in rows if whole(entry, of, event)]

@@ -4,10 +4,15 @@ Group commit: changes of a lane that wait at the same moment share one message. 
 time, and they begin at least a few milliseconds apart. A change whose lane is idle is published at once. If a publish
 is in doubt, the same events go to the journal, and their changes are accepted. The order does not matter, so the
 journal drains while new changes are published.
+
+Slow broker: messages are small, so that a change never waits long behind the bytes of another one. A change that is
+larger than a message, or that has waited too long for its publish, leaves the lane (`_leave_lane`): it goes to the
+journal, which drains over a connection of its own. A process without a journal publishes it over a second connection.
 """
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Any
 
@@ -25,9 +30,9 @@ from shared.rail.journal import Journal, JournalBroken, JournalInDoubt
 
 log = structlog.get_logger(__name__)
 
-# The maximum size of a message with several changes. It is far below the 16 MiB that RabbitMQ 4 accepts by default. A
-# larger change gets a message of its own.
-MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGE_BYTES = 128 << 10
+"""The maximum size of a message with several changes. A link of 4 Mbit/s carries it in 0.3 seconds. A larger change
+gets a message of its own."""
 
 
 class Durability(StrEnum):
@@ -51,6 +56,13 @@ class _Waiting(Struct):
     trace: tracing.Trace | None
     began: int
     """The time when the change began to wait for its message, in nanoseconds since 1970."""
+    since: float
+    """The same time on the clock of the event loop, in seconds."""
+    only_broker: bool = False
+    """True for a change that is larger than a message, after the journal has refused it."""
+
+
+_MakeDurable = Callable[[Lane, list[_Waiting]], Awaitable[Durability | None]]
 
 
 class Recorder:
@@ -60,17 +72,29 @@ class Recorder:
         journal: Journal | None,
         *,
         max_publishes: int,
+        max_wait_seconds: float = 1.0,
         publish_interval_ms: float = 0.0,
         batch_max_changes: int = MAX_BATCH_CHANGES,
+        second: "Recorder | None" = None,
+        connect_seconds: float = 0.0,
         metrics: RailMetrics | None = None,
     ) -> None:
+        """`max_wait_seconds`: a change that has waited this long for its publish leaves the lane. `second`: records the
+        changes that leave a lane, if there is no journal. `connect_seconds`: if set, the first change starts the
+        publisher, and waits this long for the connection."""
         self._metrics = metrics
         self._publisher = publisher
         self._journal = journal
+        self._second = second
+        self._connect_seconds = connect_seconds
+        self._max_wait_seconds = max_wait_seconds
         self._max_publishes = max_publishes
         self._interval_seconds = publish_interval_ms / 1000
         self._next_start = dict.fromkeys(Lane, 0.0)
         self._timers: dict[Lane, asyncio.TimerHandle] = {}
+        # One timer per lane and not per change: it runs for the oldest change that waits.
+        self._deadlines: dict[Lane, asyncio.TimerHandle] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._draining = False
         self._batch_changes = min(batch_max_changes, MAX_BATCH_CHANGES)
         self._waiting: dict[Lane, list[_Waiting]] = {lane: [] for lane in Lane}
@@ -82,9 +106,12 @@ class Recorder:
         trace = tracing.current()
         if trace is not None and (traceparent is None or traceparent[3:35] != trace.trace_id):
             trace = None
-        waiting = _Waiting(event, asyncio.get_running_loop().create_future(), traceparent, trace, time.time_ns())
-        self._waiting[lane].append(waiting)
-        self._start_publishes(lane)
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(event, loop.create_future(), traceparent, trace, time.time_ns(), loop.time())
+        if len(event) > MAX_MESSAGE_BYTES and self._has_way_out:
+            self._leave_lane(lane, [waiting])
+        else:
+            self._wait(lane, waiting)
         return await waiting.done
 
     async def drain(self) -> None:
@@ -92,8 +119,35 @@ class Recorder:
         self._draining = True
         for lane in Lane:
             self._start_publishes(lane)
-        while any(self._waiting.values()) or any(self._publishes.values()):
-            await asyncio.gather(*(task for tasks in self._publishes.values() for task in tasks))
+        while any(self._waiting.values()) or any(self._publishes.values()) or self._leaving:
+            await asyncio.gather(*self._leaving, *(task for tasks in self._publishes.values() for task in tasks))
+        if self._second is not None:
+            await self._second.drain()
+
+    @property
+    def _has_way_out(self) -> bool:
+        """Whether there is another place for a change than its lane."""
+        return self._journal is not None or self._second is not None
+
+    def _wait(self, lane: Lane, *changes: _Waiting) -> None:
+        self._waiting[lane].extend(changes)
+        self._start_publishes(lane)
+        if self._waiting[lane] and self._has_way_out and lane not in self._deadlines:
+            self._set_deadline(lane)
+
+    def _set_deadline(self, lane: Lane) -> None:
+        at = self._waiting[lane][0].since + self._max_wait_seconds
+        self._deadlines[lane] = asyncio.get_running_loop().call_at(at, self._on_deadline, lane)
+
+    def _on_deadline(self, lane: Lane) -> None:
+        del self._deadlines[lane]
+        now = asyncio.get_running_loop().time()
+        late = [change for change in self._waiting[lane] if change.since + self._max_wait_seconds <= now]
+        if late:
+            self._waiting[lane] = self._waiting[lane][len(late) :]
+            self._leave_lane(lane, late)
+        if self._waiting[lane]:
+            self._set_deadline(lane)
 
     def _start_publishes(self, lane: Lane) -> None:
         while self._waiting[lane] and len(self._publishes[lane]) < self._max_publishes:
@@ -105,7 +159,7 @@ class Recorder:
                         self._timers[lane] = loop.call_at(self._next_start[lane], self._on_timer, lane)
                     return
                 self._next_start[lane] = now + self._interval_seconds
-            task = asyncio.create_task(self._send(lane, self._take(lane)), name=f"record-{lane}")
+            task = asyncio.create_task(self._finish(lane, self._take(lane), self._publish), name=f"record-{lane}")
             self._publishes[lane].add(task)
             task.add_done_callback(lambda task: self._sent(lane, task))
 
@@ -127,9 +181,12 @@ class Recorder:
         self._publishes[lane].discard(task)
         self._start_publishes(lane)
 
-    async def _send(self, lane: Lane, changes: list[_Waiting]) -> None:
+    async def _finish(self, lane: Lane, changes: list[_Waiting], make_durable: _MakeDurable) -> None:
+        """Makes the changes durable and tells their callers."""
         try:
-            durability = await self._make_durable(lane, changes)
+            durability = await make_durable(lane, changes)
+            if durability is None:
+                return
             if self._metrics is not None:
                 self._metrics.per_message.observe(len(changes))
                 self._metrics.durable.inc(durability.value, len(changes))
@@ -143,19 +200,48 @@ class Recorder:
             if not change.done.done():
                 change.done.set_result(durability)
 
-    async def _make_durable(self, lane: Lane, changes: list[_Waiting]) -> Durability:
-        reason: Exception
-        began = time.time_ns()
-        events = [change.event for change in changes]
+    def _leave_lane(self, lane: Lane, changes: list[_Waiting]) -> None:
+        """Records changes in another way than by the next publish of their lane. Nothing of them was sent yet."""
+        log.info("record_leaves_lane", lane=lane, changes=len(changes), bytes=sum(len(each.event) for each in changes))
+        if self._journal is None and self._second is not None:
+            self._second.take_over(lane, changes)
+            return
+        task = asyncio.create_task(self._finish(lane, changes, self._keep), name=f"journal-{lane}")
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    def take_over(self, lane: Lane, changes: list[_Waiting]) -> None:
+        """Records changes of another recorder, which are waiting there."""
+        self._wait(lane, *changes)
+
+    async def _keep(self, lane: Lane, changes: list[_Waiting]) -> Durability | None:
+        """Writes changes that were not sent into the journal. Raises Unrecorded. Returns None if the changes wait for
+        the broker again: it may take a large change while the journal is broken or full."""
         try:
-            await self._publisher.publish(lane.value, encode_batch(events))
+            return await self._write_journal(lane, changes, sent=False)
+        except Unrecorded as error:
+            large = [change for change in changes if len(change.event) > MAX_MESSAGE_BYTES and not change.only_broker]
+            if error.sent or len(large) < len(changes):
+                raise
+        for change in large:
+            change.only_broker = True
+            change.since = asyncio.get_running_loop().time()
+        self._wait(lane, *large)
+        return None
+
+    async def _publish(self, lane: Lane, changes: list[_Waiting]) -> Durability:
+        began = time.time_ns()
+        try:
+            if self._connect_seconds and not self._publisher.connected:
+                await self._publisher.start(wait=self._connect_seconds)
+            await self._publisher.publish(lane.value, encode_batch([change.event for change in changes]))
         except (NotSent, InDoubt) as error:
             reason, sent = error, isinstance(error, InDoubt)
         else:
             _note(changes, send_span_name(lane), began, send_attributes(lane, len(changes)))
             return Durability.BROKER
         if sent:
-            log.warning("record_in_doubt", lane=lane, changes=len(events), error=str(reason))
+            log.warning("record_in_doubt", lane=lane, changes=len(changes), error=str(reason))
             _note(
                 changes,
                 send_span_name(lane),
@@ -163,13 +249,18 @@ class Recorder:
                 send_attributes(lane, len(changes)),
                 error=described(reason),
             )
-        began = time.time_ns()
         if self._journal is None:
             raise Unrecorded(str(reason), sent=sent) from reason
+        return await self._write_journal(lane, changes, sent=sent)
+
+    async def _write_journal(self, lane: Lane, changes: list[_Waiting], *, sent: bool) -> Durability:
+        """Raises Unrecorded. `sent`: the broker may have the changes."""
+        assert self._journal is not None
+        began = time.time_ns()
         try:
-            await self._journal.append([(lane, event) for event in events])
+            await self._journal.append([(lane, change.event) for change in changes])
         except JournalBroken as error:
-            log.error("journal_failed", changes=len(events), error=str(error))
+            log.error("journal_failed", changes=len(changes), error=str(error))
             _note(changes, "journal", began, {}, error=described(error))
             raise Unrecorded(str(error), sent=sent or isinstance(error, JournalInDoubt)) from error
         _note(changes, "journal", began, {"ticketrail.message.changes": len(changes)})

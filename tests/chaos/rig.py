@@ -1,5 +1,5 @@
-"""The system under test: its own local servers behind proxies, two instances of the orders service, and journals on a
-file system that a fault can fill. `begin` starts a fault and `end` ends it."""
+"""The system under test: its own local servers behind proxies, two instances of the orders service, and a file system
+for its journals, logs and traces that a fault can fill. `begin` starts a fault and `end` ends it."""
 
 import asyncio
 import shutil
@@ -18,11 +18,11 @@ from deploy.local.child import Child
 from deploy.local.port_check import find_free
 from tests.chaos.schedule import SERVERS, Fault, Kind
 from tests.rigs.http_client import http_client
-from tests.rigs.proxy import Mode, Proxy
+from tests.rigs.proxy import FOUR_MBIT, Mode, Proxy
 from tests.rigs.servers import Server, Servers
 from tests.rigs.system import System, eventually
 
-_JOURNAL_DISK_SIZE = "16m"
+_DISK_SIZE = "128m"
 _COPY_INTERVAL_SECONDS = 2.5
 COPY_AGE_SECONDS = 10.0
 
@@ -45,7 +45,7 @@ class ChaosRig:
         self.restarted: Counter[str] = Counter()
         """Service -> how often it was restarted because it ended by itself."""
         self.disk: Path | None = None
-        """The file system of the journals; None if this user may not mount one."""
+        """The file system of the services; None if this user may not mount one."""
 
     # -- start and stop ----------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ class ChaosRig:
             self.proxies[name] = Proxy(port)
             await self.proxies[name].start()
         home = self.folder / "home"
-        self._mount(home / "journal")
+        self._mount(home)
         plain = System(self.servers, home, **self._settings)
         databases = {
             name: self._through_proxy("postgres", plain.database_url(role))
@@ -100,16 +100,22 @@ class ChaosRig:
         for proxy in self.proxies.values():
             await proxy.stop()
         if self.disk is not None:
-            await asyncio.to_thread(subprocess.run, ["umount", "-l", str(self.disk)], check=False)
+            await asyncio.to_thread(self._unmount, self.disk)
 
     def _mount(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={_JOURNAL_DISK_SIZE}", "tmpfs", str(folder)],
+            ["mount", "-t", "tmpfs", "-o", f"size={_DISK_SIZE}", "tmpfs", str(folder)],
             capture_output=True,
             check=False,
         )
         self.disk = folder if mounted.returncode == 0 else None
+
+    def _unmount(self, disk: Path) -> None:
+        """Keeps the logs, which people read after a run."""
+        for log in disk.glob("*.log"):
+            shutil.copy(log, self.folder)
+        subprocess.run(["umount", "-l", str(disk)], check=False)
 
     def _through_proxy(self, name: str, url: str) -> str:
         parts = urlsplit(url)
@@ -153,6 +159,8 @@ class ChaosRig:
                 await asyncio.to_thread(self._target(fault.target).freeze)
             case Kind.SLOW:
                 self.proxies[fault.target].set(Mode.FORWARD, delay=0.05)
+            case Kind.NARROW:
+                self.proxies[fault.target].set(Mode.FORWARD, bandwidth=FOUR_MBIT)
             case Kind.STALL:
                 self.proxies[fault.target].set(Mode.STALL)
             case Kind.LOSE:
@@ -162,8 +170,10 @@ class ChaosRig:
             case Kind.ROLL_BACK:
                 await asyncio.to_thread(self._with_copies_locked, self._roll_back)
             case Kind.DISK_FULL:
-                self._fill_disk()
+                self._fill_disk(fault)
                 self.proxies["rabbitmq"].set(Mode.REFUSE)
+            case Kind.HOST_FULL:
+                self._fill_disk(fault)
 
     async def end(self, fault: Fault) -> None:
         match fault.kind:
@@ -173,14 +183,15 @@ class ChaosRig:
                 self._start(fault.target)
             case Kind.FREEZE:
                 await asyncio.to_thread(self._target(fault.target).thaw)
-            case Kind.SLOW | Kind.STALL | Kind.LOSE:
+            case Kind.SLOW | Kind.NARROW | Kind.STALL | Kind.LOSE:
                 self.proxies[fault.target].set(Mode.FORWARD)
             case Kind.ROLL_BACK:
                 await asyncio.to_thread(self._server("redis").start)
             case Kind.DISK_FULL:
-                if self.disk is not None:
-                    (self.disk / "filler").unlink(missing_ok=True)
+                self._filler(fault).unlink(missing_ok=True)
                 self.proxies["rabbitmq"].set(Mode.FORWARD)
+            case Kind.HOST_FULL:
+                self._filler(fault).unlink(missing_ok=True)
             case Kind.WIPE:
                 pass
 
@@ -247,12 +258,16 @@ class ChaosRig:
         shutil.rmtree(self._redis_folder)
         shutil.copytree(copy, self._redis_folder)
 
-    def _fill_disk(self) -> None:
+    def _filler(self, fault: Fault) -> Path:
+        return (self.disk or self.folder) / f"filler-{fault.kind.name.lower()}"
+
+    def _fill_disk(self, fault: Fault) -> None:
         if self.disk is None:
             return
-        with (self.disk / "filler").open("wb", buffering=0) as filler:
-            try:
-                while True:
-                    filler.write(b"\0" * 4096)
-            except OSError:
-                pass  # the disk is full
+        with self._filler(fault).open("wb", buffering=0) as filler:
+            for block in (b"\0" * (1 << 20), b"\0" * 4096):
+                try:
+                    while True:
+                        filler.write(block)
+                except OSError:
+                    pass  # the disk has no room for another block

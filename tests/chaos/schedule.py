@@ -10,11 +10,15 @@ class Kind(StrEnum):
     KILL = "kill"
     FREEZE = "freeze"
     SLOW = "slow"
+    NARROW = "4 Mbit/s"
     STALL = "stall"
     LOSE = "half-open"
     WIPE = "wipe"
     ROLL_BACK = "roll back"
     DISK_FULL = "disk full"
+    """The disk of the services is full, and the broker refuses connections."""
+    HOST_FULL = "host disk full"
+    """The disk of the services is full: journals, logs and traces."""
 
 
 SERVICES = ("orders", "second-orders", "worker", "notifier", "sync")
@@ -25,11 +29,13 @@ _KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
     Kind.KILL: ((*SERVICES, *SERVERS), (0.5, 5.0), 6),
     Kind.FREEZE: ((*SERVICES, *SERVERS), (1.0, 8.0), 5),
     Kind.SLOW: (SERVERS, (2.0, 8.0), 2),
+    Kind.NARROW: (SERVERS, (3.0, 10.0), 2),
     Kind.STALL: (SERVERS, (2.0, 10.0), 2),
     Kind.LOSE: (SERVERS, (2.0, 8.0), 2),
     Kind.WIPE: (("redis",), (0.0, 0.0), 2),
     Kind.ROLL_BACK: (("redis",), (0.5, 2.0), 1),
     Kind.DISK_FULL: (("rabbitmq",), (2.0, 5.0), 1),
+    Kind.HOST_FULL: (("host",), (2.0, 8.0), 1),
 }
 _LONG_STALL_SECONDS = 70.0
 _LONG_RUN_SECONDS = 170.0

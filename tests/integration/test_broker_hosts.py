@@ -181,6 +181,13 @@ async def test_lane_consumers_continue_with_the_next_node(
         await rig.publish(first)
         await second.written(first)
         assert nodes[0].accepted > 0
+
+        async def prefetches() -> list[int]:
+            return sorted(second.writer.state()["prefetch"]["critical"])
+
+        # The consumer of the first message subscribes again, to the same node.
+        full = [1, second.settings.lane_prefetch]
+        await eventually(prefetches, what="the full prefetch", until=lambda found: found == full)
         monkeypatch.setattr("services.sync.writer.intake.Subscription", noted)
         nodes[0].set(mode)
         more = [change(order()) for _ in range(20)]

@@ -1,6 +1,7 @@
 """The journal: acknowledged entries survive, it has one owner and a bound, and it gives each number once."""
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -257,6 +258,46 @@ async def test_large_changes_are_drained_in_messages_that_the_broker_takes(make:
     await drainer.stop()
     assert broker.events() == events
     assert broker.largest <= 1 << 20
+
+
+async def test_messages_shrink_to_one_change_while_publishes_are_in_doubt_and_grow_again(
+    make: Callable[..., Any],
+) -> None:
+    class SlowBroker(Broker):
+        """Confirms no message that is larger than `max_bytes`."""
+
+        max_bytes = 2_000
+
+        async def publish(self, lane: str, body: bytes) -> None:
+            if len(body) > self.max_bytes:
+                self.largest = max(self.largest, len(body))
+                raise InDoubt("no confirm in time")
+            await super().publish(lane, body)
+
+    journal = await make()
+    events = [b'"%03d%s"' % (number, b"x" * 1_000) for number in range(400)]
+    await append(journal, *events)
+    broker = SlowBroker()
+    drainer = drainer_of(journal, broker)
+    for _ in range(20):
+        with contextlib.suppress(InDoubt):
+            await drainer.drain_some()
+    assert broker.largest <= 64 << 10
+    assert broker.taken
+    assert {len(taken) for _, taken in broker.taken} == {1}
+    broker.max_bytes = 1 << 30
+    while journal.depth:
+        await drainer.drain_some()
+    assert broker.events() == events
+    assert drainer.message_bytes > 2_000
+
+
+async def test_oldest_reads_entries_up_to_a_size_and_at_least_one(make: Callable[..., Any]) -> None:
+    journal = await make()
+    await append(journal, b"x" * 100, b"y" * 100, b"z" * 300)
+    assert [entry.event[:1] for entry in await journal.oldest(10, None, 250)] == [b"x", b"y"]
+    assert [entry.event[:1] for entry in await journal.oldest(10, None, 50)] == [b"x"]
+    await append(journal, b"w")  # no statement of an earlier read is open
 
 
 async def test_lane_with_a_refusing_queue_does_not_hold_back_other_lanes(make: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ from aio_pika.abc import AbstractConnection
 from shared.messaging.management import ask
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import CHANGES
+from tests.rigs.proxy import FOUR_MBIT, Mode, Proxy
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
@@ -171,6 +172,47 @@ async def test_frozen_broker_costs_one_timeout_and_later_publishes_fail_at_once(
     await eventually(lambda: confirmed(impatient, b"[after]"), what="a confirm")
     expected = {b"[0]", b"[1]", b"[2]", b"[after]"}  # the messages in doubt have arrived
     assert set(await queued(vhost, *expected)) == expected
+
+
+@asynccontextmanager
+async def behind_proxy(servers: Servers, vhost: str, timeout: float) -> AsyncIterator[tuple[Publisher, Proxy]]:
+    """Yields a publisher that is connected through a proxy."""
+    proxy = Proxy(servers.rabbitmq.port)
+    await proxy.start()
+    try:
+        async with started(vhost.replace(f":{servers.rabbitmq.port}/", f":{proxy.port}/"), timeout) as publisher:
+            yield publisher, proxy
+    finally:
+        await proxy.stop()
+
+
+async def test_slow_broker_is_not_taken_for_an_unavailable_one(servers: Servers, vhost: str) -> None:
+    async with behind_proxy(servers, vhost, SHORT_TIMEOUT_SECONDS) as (publisher, proxy):
+        proxy.set(Mode.FORWARD, bandwidth=FOUR_MBIT)
+        # Each message takes longer than the timeout, and the last one waits for the bytes of all others too.
+        bodies = [b"[%d]" % number + b" " * 800_000 for number in range(3)]
+        await asyncio.gather(*(publisher.publish("key", body) for body in bodies))
+        proxy.set(Mode.FORWARD)
+        assert sorted(await queued(vhost, *bodies)) == sorted(bodies), "a message was sent twice"
+        assert proxy.accepted == 1
+
+
+async def test_connection_stays_after_a_timeout_if_another_message_was_answered_in_that_time(
+    servers: Servers, vhost: str
+) -> None:
+    async with behind_proxy(servers, vhost, 3.0) as (publisher, proxy):
+        proxy.set(Mode.FORWARD, bandwidth=50_000)  # slower than the publisher waits for
+        bodies = [b"[%d]" % number + b" " * 10_000 for number in range(60)]
+        found = await asyncio.gather(*(publisher.publish("key", body) for body in bodies), return_exceptions=True)
+        assert None in found
+        assert {type(one) for one in found} == {type(None), InDoubt}
+        assert publisher.connected
+        proxy.set(Mode.FORWARD)
+        await publisher.publish("key", b"[]")
+        confirmed = [body for body, error in zip(bodies, found, strict=True) if error is None]
+        arrived = await queued(vhost, b"[]", *confirmed)
+        assert len(arrived) == len(set(arrived)), "a message was sent twice"
+        assert proxy.accepted == 1
 
 
 async def test_lost_connection_is_noticed_without_a_publish_and_replaced(servers: Servers, vhost: str) -> None:

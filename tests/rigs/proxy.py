@@ -5,6 +5,10 @@ import contextlib
 from enum import StrEnum
 
 _CHUNK_BYTES = 65_536
+_NARROW_CHUNK_BYTES = 8_192
+"""With a bandwidth, chunks are small, so that connections share it evenly."""
+FOUR_MBIT = 500_000
+"""A bandwidth of 4 Mbit/s, in bytes per second."""
 
 
 class Mode(StrEnum):
@@ -26,8 +30,12 @@ class Proxy:
         self._server: asyncio.Server | None = None
         self._links: set[asyncio.Task[None]] = set()
         self._open: set[asyncio.StreamWriter] = set()
+        self._narrow = asyncio.Lock(), asyncio.Lock()
+        """Held while bytes pass a bandwidth, in each direction."""
         self.delay = 0.0
         """Seconds by which each chunk is delayed, in each direction."""
+        self.bandwidth: int | None = None
+        """Bytes per second that all connections share, in each direction; None is unlimited."""
         self.port = 0
         self.accepted = 0
 
@@ -44,8 +52,8 @@ class Proxy:
         self.set(Mode.REFUSE)
         await asyncio.gather(*self._links, return_exceptions=True)
 
-    def set(self, mode: Mode, *, delay: float = 0.0) -> None:
-        was, self._mode, self.delay = self._mode, mode, delay
+    def set(self, mode: Mode, *, delay: float = 0.0, bandwidth: int | None = None) -> None:
+        was, self._mode, self.delay, self.bandwidth = self._mode, mode, delay, bandwidth
         if mode is Mode.REFUSE or (was is Mode.LOSE and mode is not Mode.LOSE):
             self._hang_up()
         self._changed.set()
@@ -71,8 +79,8 @@ class Proxy:
             self._open.add(there_writer)
             try:
                 ways = [
-                    asyncio.create_task(self._carry(reader, there_writer)),
-                    asyncio.create_task(self._carry(there_reader, writer)),
+                    asyncio.create_task(self._carry(reader, there_writer, self._narrow[0])),
+                    asyncio.create_task(self._carry(there_reader, writer, self._narrow[1])),
                 ]
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
                 for way in ways:
@@ -87,11 +95,14 @@ class Proxy:
             self._open.discard(writer)
             writer.transport.abort()
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, narrow: asyncio.Lock) -> None:
         with contextlib.suppress(OSError):
-            while chunk := await reader.read(_CHUNK_BYTES):
+            while chunk := await reader.read(_NARROW_CHUNK_BYTES if self.bandwidth else _CHUNK_BYTES):
                 if self.delay:
                     await asyncio.sleep(self.delay)
+                if self.bandwidth:
+                    async with narrow:  # waiting tasks get a lock in turn
+                        await asyncio.sleep(len(chunk) / self.bandwidth)
                 if self._mode is Mode.LOSE:
                     continue
                 await self._gate()

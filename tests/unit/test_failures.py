@@ -8,6 +8,7 @@ from typing import Any
 import asyncpg
 import msgspec
 import pytest
+from asyncpg.exceptions import _base as client_errors
 
 from services.sync.failures.classification import Failure, FailureKind, classify, describe, fingerprint
 from services.sync.failures.retry_ladder import (
@@ -23,6 +24,7 @@ from shared.messaging import topology
 from tests.rigs.builders import RESTAURANT, change, message, order
 
 STEPS = (1_000, 10_000)
+UNEXPECTED = (FailureKind.TRANSIENT, "unexpected")
 AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
 
 
@@ -50,6 +52,12 @@ AT = datetime(2026, 3, 14, 12, 30, tzinfo=UTC)
         (asyncpg.NumericValueOutOfRangeError("too large"), FailureKind.POISON, "refused_by_postgres"),
         (asyncpg.CharacterNotInRepertoireError("NUL"), FailureKind.POISON, "refused_by_postgres"),
         (asyncpg.DataError("invalid input for query argument $1"), FailureKind.POISON, "refused_by_postgres"),
+        (asyncpg.ProgramLimitExceededError("index row too large"), FailureKind.POISON, "refused_by_postgres"),
+        # These are InterfaceErrors, but the connection works.
+        (client_errors.DataError("invalid input for query argument $1"), FailureKind.POISON, "refused_by_postgres"),
+        (asyncpg.UnsupportedClientFeatureError("no encoder"), FailureKind.TRANSIENT, "unexpected"),
+        (asyncpg.InterfaceError("the server expects 2 arguments for this query, 1 was passed"), *UNEXPECTED),
+        (asyncpg.InterfaceError("the number of query arguments cannot exceed 32767"), *UNEXPECTED),
         (KeyError("a bug of ours"), FailureKind.TRANSIENT, "unexpected"),
         (asyncpg.PostgresSyntaxError("a bug of ours"), FailureKind.TRANSIENT, "unexpected"),
     ],

@@ -95,3 +95,26 @@ def test_auto_becomes_a_number_that_names_the_journal(tmp_path: Path) -> None:
     second, _ = number_of_traces(settings, "notifier")
     assert (first.instance_number, second.instance_number, held.number) == (1, 2, 1)
     assert second.journal_path == tmp_path / "journal" / "orders-2.sqlite"
+
+
+ON_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from shared.rail.instance import Lease
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))  # every write to a file fails
+lease = Lease.take(Path(sys.argv[1]), "orders", "auto")
+print(lease.number, Lease.attempt(Path(sys.argv[1]), "orders", lease.number), file=sys.stderr)
+"""
+
+
+def test_a_number_can_be_taken_while_the_disk_is_full(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", ON_FULL_DISK, str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=60,
+    )
+    assert ended.stderr == "1 None\n"

@@ -1,5 +1,6 @@
 """The dead-letter collector moves messages from every dead-letter queue into the table `dead_letters`, where operators
-find the changes that could not be written.
+find the changes that could not be written. The PostgreSQL writer stores its dead letters itself. These queues hold
+those that PostgreSQL refused there, those of the mirror writer, and messages that the broker dead-lettered.
 
 Guarantee: a message leaves its dead-letter queue only after its dead letter is committed, and storing a dead letter
 twice is idempotent. Every message can be stored: a field that PostgreSQL refuses is left out, but the body is always
@@ -42,8 +43,9 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _LANES = dict(topology.dead_queues())
-# Messages per queue. A dead letter may have 16 MB, and RabbitMQ and this process hold it until PostgreSQL has it.
-_PREFETCH = 16
+# Messages of each of the four queues. A dead letter may have 16 MB, and RabbitMQ and this process hold it until it is
+# stored.
+_PREFETCH = 4
 _BATCH_BYTES = 16_000_000
 _CHECK_CONSUMERS_DELAY_SECONDS = 10.0
 """After this time without a message the consumers are checked, because a deleted queue ends its consumer silently."""

@@ -27,7 +27,7 @@ from services.sync.dead_letters import replay_sql as steps
 from services.sync.dead_letters.replay_sql import Progress, Running, ToReplay
 from services.sync.dead_letters.replay_throttle import CANARIES, Pace, allowed
 from services.sync.failures.classification import classify, describe, fingerprint
-from services.sync.failures.retry_ladder import REPLAY, publish_timeout_seconds
+from services.sync.failures.retry_ladder import PUBLISH_TIMEOUT_SECONDS, REPLAY
 from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
@@ -246,7 +246,7 @@ class Replays:
             lane_queue(Lane(dead_letter.lane)),
             dead_letter.body,
             headers={REPLAY: dead_letter.dead_letter_id},
-            timeout=publish_timeout_seconds(len(dead_letter.body)),
+            timeout=PUBLISH_TIMEOUT_SECONDS,
         )
 
     async def _apply(self, job: Running, dead_letter: ToReplay) -> None:

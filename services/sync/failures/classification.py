@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from shared.entities.contract import BrokenContract
 from shared.errors import described
-from shared.postgres.pool import UNAVAILABLE
+from shared.postgres.pool import UNAVAILABLE, refused_by_client
 
 UNKNOWN_PLACE = "unknown"
 _MAX_ERROR_CHARS = 500
@@ -48,6 +48,7 @@ _BY_SQLSTATE = {
     "42703": FailureKind.UNAVAILABLE,  # no such column: `ticketrail migrate` has not run
     "42P01": FailureKind.UNAVAILABLE,  # no such table: `ticketrail migrate` has not run
     "53": FailureKind.UNAVAILABLE,  # out of disk, memory, connections
+    "54": FailureKind.POISON,  # a limit of PostgreSQL, such as the size of an index row
     "55P03": FailureKind.TRANSIENT,  # lock not available in time
     "57": FailureKind.UNAVAILABLE,  # shutting down, starting, crashed
     "57014": FailureKind.TRANSIENT,  # statement timeout
@@ -83,7 +84,10 @@ def classify(error: Exception) -> Failure:
         for length in (5, 2):
             if kind := _BY_SQLSTATE.get(sqlstate[:length]):
                 return Failure(kind, _REASONS[kind], text, place, timed_out=sqlstate in ("57014", "55P03"))
-    if isinstance(error, UNAVAILABLE):
+    if refused_by_client(error):
+        if isinstance(error, ValueError):
+            return Failure(FailureKind.POISON, _REASONS[FailureKind.POISON], text, place)
+    elif isinstance(error, UNAVAILABLE):
         return Failure(FailureKind.UNAVAILABLE, "postgres_unavailable", text, place)
     return Failure(FailureKind.TRANSIENT, "unexpected", text, place)
 

@@ -25,10 +25,13 @@ from services.sync.failures.retry_ladder import (
     PLACE,
     REASON,
     REPLAY,
+    FailedChange,
     attempts_in,
+    headers_for,
     single_change_body,
 )
 from shared.entities.contract import BrokenContract, Lane, PartialEvent, in_range, split_batch
+from shared.messaging import topology
 from shared.observability.tracing import trace_id_of
 
 DELIVERY_LIMIT = "delivery_limit"
@@ -49,6 +52,14 @@ def parse_dead_letters(
     attempts = parse_attempts(headers, received_at)
     by_broker = attempts[-1].place == BROKER
     return [_dead_letter(queue, lane, part, headers, attempts) for part in (_parts(body) if by_broker else [body])]
+
+
+def dead_letter_of(failed: FailedChange, lane: Lane) -> NewDeadLetter:
+    """Returns the dead letter of a failed change, as the collector would read it from the dead-letter queue."""
+    [dead_letter] = parse_dead_letters(
+        topology.dead_queue(lane), lane, failed.body, headers_for(failed, lane), failed.at
+    )
+    return dead_letter
 
 
 def parse_attempts(headers: Mapping[str, Any], received_at: datetime) -> tuple[Attempt, ...]:

@@ -1,4 +1,5 @@
-"""The retry ladder forwards failed changes: each goes to the next retry queue, or to the dead-letter queue of its lane.
+"""The retry ladder forwards failed changes: each goes to the next retry queue, or to the dead-letter queue of its lane
+if PostgreSQL has refused its dead letter.
 
 Guarantee: `send` returns only after the broker has confirmed the change, so that the caller may acknowledge the
 original. Until then, it repeats the publish. A change may therefore be enqueued twice (idempotent) but is never lost.
@@ -51,8 +52,9 @@ _MAX_KEPT_HEADER_BYTES = 16_384
 _LOGGED = (topology.ATTEMPT, REASON, ERROR, PLACE, LANE, FIRST_FAILED_AT, CHANGE_ID, RESTAURANT, SUBJECT, REPLAY)
 _MAX_PUBLISHES_IN_FLIGHT = 256
 _MAX_BYTES_IN_FLIGHT = 4_000_000
-# The timeout allows for a slow broker, because after a timeout everything in flight is sent again.
-_PUBLISH_TIMEOUT_SECONDS, _MIN_BYTES_PER_SECOND = 10.0, 1_000_000
+PUBLISH_TIMEOUT_SECONDS = 10.0
+"""The timeout of a publish to a retry queue or a dead-letter queue. It is long, because nobody waits for a reply, and
+after a timeout everything in flight is sent again."""
 
 Headers = dict[str, int | str]
 
@@ -83,9 +85,14 @@ def single_change_body(event: bytes) -> bytes:
     return encode_batch((event,))
 
 
+def is_dead(failed: FailedChange, steps_ms: tuple[int, ...]) -> bool:
+    """Returns whether no retry follows: the change is a dead letter. `steps_ms`: the delays of the retry queues."""
+    return failed.failure.kind is FailureKind.POISON or failed.attempt > len(steps_ms)
+
+
 def destination(failed: FailedChange, lane: Lane, steps_ms: tuple[int, ...]) -> str:
     """Returns the name of the queue to which the change goes next. `steps_ms`: the delays of the retry queues."""
-    if failed.failure.kind is FailureKind.POISON or failed.attempt > len(steps_ms):
+    if is_dead(failed, steps_ms):
         return topology.dead_queue(lane)
     return topology.retry_queue(lane, steps_ms[failed.attempt - 1])
 
@@ -147,31 +154,20 @@ def _attempts(failed: FailedChange) -> list[Attempt]:
     return bounded([*attempts_in(failed.headers), this], _MAX_ATTEMPTS)
 
 
-def publish_timeout_seconds(size: int) -> float:
-    """Returns the timeout of a publish of `size` bytes. It grows with the size, so that a slow broker does not look
-    like an unavailable one."""
-    return _PUBLISH_TIMEOUT_SECONDS + size / _MIN_BYTES_PER_SECOND
-
-
 class RetryLadder:
     def __init__(self, publisher: Publisher, steps_ms: tuple[int, ...], metrics: WriterMetrics) -> None:
         self._metrics = metrics
         self._publisher = publisher
         self._steps_ms = steps_ms
 
-    def is_dead(self, failed: FailedChange, lane: Lane) -> bool:
-        """Returns whether the change goes straight to the dead-letter queue."""
-        return destination(failed, lane, self._steps_ms) == topology.dead_queue(lane)
-
     async def send(self, failed: Sequence[FailedChange], lane: Lane, *, ours: Callable[[], bool]) -> list[Retry]:
         """Sends failed changes. Returns the readable ones that are in a retry queue now. `ours`: whether the channel of
         their messages is still open; if it is closed, `send` stops, because the broker delivers the messages again.
 
         Publishes many changes at the same time, because waiting for each confirm would delay the lane. The bytes in
-        flight are limited, because all of them must reach the broker before a publish times out."""
+        flight are limited, because other publishes over the same connection wait behind them."""
         for group in _groups(failed):
-            timeout = publish_timeout_seconds(sum(len(failed_change.body) for failed_change in group))
-            await asyncio.gather(*(self._send(failed_change, lane, ours, timeout) for failed_change in group))
+            await asyncio.gather(*(self._send(failed_change, lane, ours) for failed_change in group))
         return [
             Retry(
                 restaurant_id=failed_change.change.restaurantid,
@@ -185,22 +181,19 @@ class RetryLadder:
                 failed_at=failed_change.at,
             )
             for failed_change in failed
-            if failed_change.change is not None and not self.is_dead(failed_change, lane)
+            if failed_change.change is not None and not is_dead(failed_change, self._steps_ms)
         ]
 
-    async def _send(self, failed: FailedChange, lane: Lane, ours: Callable[[], bool], timeout: float) -> None:
+    async def _send(self, failed: FailedChange, lane: Lane, ours: Callable[[], bool]) -> None:
         queue = destination(failed, lane, self._steps_ms)
         headers = headers_for(failed, lane)
-        log.warning(
-            "change_failed",
-            queue=queue,
-            **({"trace_id": trace} if failed.change and (trace := trace_id_of(failed.change.traceparent)) else {}),
-            **{name.removeprefix("ticketrail-"): headers[name] for name in _LOGGED if name in headers},
-        )
+        log_failed(failed, queue, headers)
         attempt = 0
         while ours():
             try:
-                await self._publisher.publish_to_queue(queue, failed.body, headers=headers, timeout=timeout)
+                await self._publisher.publish_to_queue(
+                    queue, failed.body, headers=headers, timeout=PUBLISH_TIMEOUT_SECONDS
+                )
                 if queue == topology.dead_queue(lane):
                     self._metrics.dead.inc(failed.failure.reason)
                 else:
@@ -210,6 +203,16 @@ class RetryLadder:
                 attempt += 1
                 log.warning("failed_change_not_sent", queue=queue, error=str(error), attempt=attempt)
             await asyncio.sleep(backoff(attempt))
+
+
+def log_failed(failed: FailedChange, queue: str, headers: Headers) -> None:
+    """Logs a failed change with the names of its headers, so that operators can search for it."""
+    log.warning(
+        "change_failed",
+        queue=queue,
+        **({"trace_id": trace} if failed.change and (trace := trace_id_of(failed.change.traceparent)) else {}),
+        **{name.removeprefix("ticketrail-"): headers[name] for name in _LOGGED if name in headers},
+    )
 
 
 def _groups(failed: Sequence[FailedChange]) -> Iterator[list[FailedChange]]:

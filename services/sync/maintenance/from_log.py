@@ -107,9 +107,10 @@ class LogReplay:
         missing = await self._missing(taken, report)
         if self._dry_run or not missing:
             return
-        refused = await self._store.write(WriteBatch(lane, missing, [], []))
-        report.written += len(missing) - len(refused)
-        await self._send_on(lane, refused, report)
+        written = await self._store.write(WriteBatch(lane, missing, [], []))
+        report.written += len(missing) - len(written.failed)
+        report.failed += len(written.dead)
+        await self._send_on(lane, written.unsent, report)
 
     async def _missing(self, taken: Iterable[ReceivedChange], report: LogReplayReport) -> list[ReceivedChange]:
         """Returns the changes that PostgreSQL lacks, each once, and without those that have a dead letter."""

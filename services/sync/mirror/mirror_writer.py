@@ -36,7 +36,7 @@ from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
 from services.sync.failures.classification import classify
-from services.sync.failures.retry_ladder import FailedChange, headers_for, publish_timeout_seconds
+from services.sync.failures.retry_ladder import PUBLISH_TIMEOUT_SECONDS, FailedChange, headers_for
 from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.mirror.warm_up import (
     NO_OFFSET,
@@ -342,7 +342,7 @@ class MirrorWriter:
         while True:
             try:
                 return await self._publisher.publish_to_queue(
-                    MIRROR_DEAD, body, headers=headers, timeout=publish_timeout_seconds(len(body))
+                    MIRROR_DEAD, body, headers=headers, timeout=PUBLISH_TIMEOUT_SECONDS
                 )
             except (NotSent, InDoubt) as unavailable:
                 log.warning("mirror_dead_letter_waits", error=str(unavailable))

@@ -1,13 +1,15 @@
 """Writes one batch into PostgreSQL, and waits while PostgreSQL is unavailable.
 
-Guarantee: when `write` returns, every change of the batch is committed or returned as failed. The caller must send a
-failed change to a retry queue or a dead-letter queue.
+Guarantee: when `write` returns, every change of the batch is committed, stored as a dead letter, or returned as unsent.
+The caller must send an unsent change to a retry queue or a dead-letter queue.
 
     unavailable      The batch is held and tried again, with jittered backoff; no attempt is burned. After
                      `sink_hold_seconds`, `write` raises HoldExpired. The caller must then release its messages, because
                      a broker closes the channel of a consumer that holds messages too long.
     any other error  Every change is tried in a transaction of its own. A change that fails again counts as failed, and
                      the others are written.
+    dead letters     Changes that no retry can write are stored in the transaction of their batch; those that the batch
+                     turns out to have, at its end. If PostgreSQL refuses a dead letter, the change is unsent.
     only timeouts    If changes time out and no other change succeeds, the server is slow, and the batch is held as if
                      PostgreSQL were unavailable. If another change succeeds, those that time out count as failed.
 
@@ -20,19 +22,22 @@ import random
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 
 import structlog
+from msgspec import Struct
 
 from services.sync.failures import dead_letter_store, retry_store
 from services.sync.failures.classification import Failure, FailureKind, classify, describe
 from services.sync.failures.dead_letter_store import NewDeadLetter
-from services.sync.failures.retry_ladder import FailedChange
+from services.sync.failures.parsing import dead_letter_of
+from services.sync.failures.retry_ladder import FailedChange, is_dead
 from services.sync.failures.retry_store import Retry
 from services.sync.writer.batches import ReceivedChange, WriteBatch
 from services.sync.writer.upsert import write_batch
 from shared.backoff import backoff
-from shared.entities.contract import now
+from shared.entities.contract import Lane, now
 from shared.entities.signal import Signal
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
@@ -47,10 +52,24 @@ class HoldExpired(Exception):
     """PostgreSQL was unavailable for longer than messages may be held."""
 
 
+class Written(Struct):
+    """What became of the changes of a batch that are not committed."""
+
+    failed: list[FailedChange]
+    """The changes that PostgreSQL did not take."""
+    dead: list[FailedChange]
+    """The failed and the unreadable changes that are stored as dead letters."""
+    new: list[NewDeadLetter]
+    """The dead letters of `dead` whose death was not stored before."""
+    unsent: list[FailedChange]
+    """The failed and the unreadable changes that must be sent to a retry queue or a dead-letter queue."""
+
+
 class BatchWriter:
     def __init__(self, postgres: Postgres, settings: Settings) -> None:
         self._postgres = postgres
         self._max_hold_seconds = settings.sink_hold_seconds
+        self._steps_ms = settings.retry_steps_ms
         # The timeout of the server is shorter than that of the client, so that a slow statement can be distinguished
         # from a frozen server.
         self._timeout_seconds = settings.database_timeout_seconds * 0.7
@@ -58,33 +77,57 @@ class BatchWriter:
         self._hold_began = 0.0
         self._holds = 0
 
-    async def write(self, batch: WriteBatch) -> list[FailedChange]:
-        """Writes the batch. Returns the changes that failed. Raises HoldExpired."""
-        if not batch.changes and not batch.heartbeats:
-            return []
-        while True:
+    async def write(self, batch: WriteBatch) -> Written:
+        """Writes the batch. Raises HoldExpired."""
+        found = Written([], [], [], [])
+        dead = self._dead_of(batch.failed, found)
+        while batch.changes or batch.heartbeats or dead:
             try:
-                await self._commit(batch.changes, batch.heartbeats)
-                return []
+                found.new = await self._commit(batch.lane, batch.changes, batch.heartbeats, dead)
             except Exception as error:  # noqa: BLE001  (each error is classified, none is ignored)
                 failure = classify(error)
+            else:
+                found.dead = dead
+                break
             if failure.kind is FailureKind.UNAVAILABLE:
                 await self._hold(failure)
                 continue
-            if len(batch.changes) == 1 and not batch.heartbeats:
-                return [batch.changes[0].failed(failure)]
-            log.info("batch_split", lane=batch.lane, changes=len(batch.changes), error=failure.error)
-            return await self._write_one_by_one(batch)
+            if len(batch.changes) == 1 and not batch.heartbeats and not dead:
+                found.failed = [batch.changes[0].failed(failure)]
+            else:
+                log.info("batch_split", lane=batch.lane, changes=len(batch.changes), error=failure.error)
+                found.failed = await self._write_one_by_one(batch)
+            await self._store_dead(batch.lane, dead + self._dead_of(found.failed, found), found)
+            break
+        return found
 
-    async def store_dead_letters(self, dead_letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter] | None:
-        """Stores dead letters. Returns those whose death was not stored yet. Returns None if nothing could be stored;
-        then all of them must go through the dead-letter queue, because the collector tries longer."""
-        try:
-            async with self._postgres.connection() as connection:
-                return await dead_letter_store.keep(connection, dead_letters)
-        except Exception as error:  # noqa: BLE001  (after any error, the dead letters go through the queue)
-            log.warning("dead_letters_not_stored_directly", dead_letters=len(dead_letters), error=describe(error))
-            return None
+    def _dead_of(self, failed: Sequence[FailedChange], found: Written) -> list[FailedChange]:
+        """Returns the changes that are dead letters, and adds the others to `found.unsent`."""
+        dead = [failed_change for failed_change in failed if is_dead(failed_change, self._steps_ms)]
+        found.unsent += [failed_change for failed_change in failed if not is_dead(failed_change, self._steps_ms)]
+        return dead
+
+    async def _store_dead(self, lane: Lane, dead: list[FailedChange], found: Written) -> None:
+        """Stores dead letters together, or each one alone if PostgreSQL refuses one. Adds the refused ones to
+        `found.unsent`: the collector tries longer. Raises HoldExpired."""
+        while dead:
+            try:
+                found.new += await self._commit(lane, dead=dead)
+            except Exception as error:  # noqa: BLE001  (the error is classified)
+                failure = classify(error)
+            else:
+                found.dead += dead
+                return
+            if failure.kind is FailureKind.UNAVAILABLE:
+                await self._hold(failure)
+                continue
+            log.warning("dead_letters_not_stored", lane=lane, dead_letters=len(dead), error=failure.error)
+            if len(dead) == 1:
+                found.unsent += dead
+                return
+            for one in dead:
+                await self._store_dead(lane, [one], found)
+            return
 
     async def note_retries(self, retries: Sequence[Retry]) -> None:
         """Stores in `retries` that the changes are on the retry ladder, for the ledger. An error is only logged."""
@@ -106,16 +149,34 @@ class BatchWriter:
             else:
                 return self._end_hold()
 
-    async def _commit(self, changes: Sequence[ReceivedChange], heartbeats: Sequence[Signal] = ()) -> None:
-        async with self._postgres.connection() as connection:
-            await write_batch(
-                connection,
-                [change.decoded for change in changes],
-                heartbeats,
-                timeout_seconds=self._timeout_seconds,
-                retried=[change.name for change in changes if change.retried],
-            )
+    async def _commit(
+        self,
+        lane: Lane,
+        changes: Sequence[ReceivedChange] = (),
+        heartbeats: Sequence[Signal] = (),
+        dead: Sequence[FailedChange] = (),
+    ) -> list[NewDeadLetter]:
+        """Writes everything in one transaction. Returns the dead letters whose death was not stored before."""
+        new: list[NewDeadLetter] = []
+        async with (
+            self._postgres.connection() as connection,
+            # A batch without dead letters is one transaction of `write_batch`. Otherwise both parts share an outer one.
+            connection.transaction() if dead and (changes or heartbeats) else nullcontext(),
+        ):
+            if changes or heartbeats:
+                await write_batch(
+                    connection,
+                    [change.decoded for change in changes],
+                    heartbeats,
+                    timeout_seconds=self._timeout_seconds,
+                    retried=[change.name for change in changes if change.retried],
+                )
+            if dead:
+                new = await dead_letter_store.keep(
+                    connection, [dead_letter_of(failed_change, lane) for failed_change in dead]
+                )
         self._end_hold()
+        return new
 
     async def _write_one_by_one(self, batch: WriteBatch) -> list[FailedChange]:
         failed: list[FailedChange] = []
@@ -126,7 +187,7 @@ class BatchWriter:
         while waiting:
             change = waiting.popleft()
             try:
-                await self._commit([change])
+                await self._commit(batch.lane, [change])
                 committed = True
                 continue
             except Exception as error:  # noqa: BLE001  (the error is classified)
@@ -150,7 +211,7 @@ class BatchWriter:
     async def _write_heartbeats(self, batch: WriteBatch) -> None:
         while batch.heartbeats:
             try:
-                await self._commit([], batch.heartbeats)
+                await self._commit(batch.lane, heartbeats=batch.heartbeats)
                 return
             except Exception as error:  # noqa: BLE001  (the error is classified)
                 failure = classify(error)

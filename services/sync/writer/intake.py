@@ -5,12 +5,17 @@ the connection is lost, the intake connects to the next node of the cluster. It 
 connection, because they can no longer be settled, and the broker delivers them again. `close` returns every unsettled
 message to the broker.
 
+Memory: `prefetch` bounds the number and the bytes of the messages that are held. A change of the prefetch needs another
+subscription. The messages of the former one are settled first, so that they are not delivered again; only those that
+exceeded the bytes are.
+
 One acknowledgement may cover all messages up to a tag, but only if all of them are settled (`Tags`). A prototype wrote
 6,400 changes/s with such acknowledgements, and 3,500 changes/s with one acknowledgement per message.
 """
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -20,6 +25,7 @@ from aiormq.exceptions import ChannelInvalidStateError
 from services.sync.failures.classification import describe
 from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.writer.batches import estimate_changes
+from services.sync.writer.prefetch import FIRST_PREFETCH, MANY_HELD_BYTES, LanePrefetch
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
 from shared.entities.signal import HEARTBEAT, signal_in
@@ -34,6 +40,10 @@ log = structlog.get_logger(__name__)
 
 _CLOSE_TIMEOUT_SECONDS = 2.0
 _MAX_SIGNAL_BYTES = 1_000
+_MAX_BATCH_BYTES = 8 << 20
+"""A batch needs many times its bytes while it is written."""
+_REDUCE_TIMEOUT_SECONDS = 15.0
+_LOOK_INTERVAL_SECONDS = 0.2
 
 
 class Tags:
@@ -55,8 +65,15 @@ class Tags:
 
 
 class Intake:
-    def __init__(self, settings: Settings, lane: Lane, watch: HeartbeatMonitor) -> None:
+    def __init__(self, settings: Settings, lane: Lane, watch: HeartbeatMonitor, allowed: LanePrefetch) -> None:
+        """`allowed`: shared by all consumers of the lane."""
         self.lane = lane
+        self.prefetch = 0
+        """The prefetch of the current subscription; 0 while the broker delivers nothing."""
+        self.most_deliveries = 0
+        """The largest number of deliveries of one message that this consumer has seen."""
+        self._allowed = allowed
+        allowed.add(self)
         self._settings = settings
         self._watch = watch
         self._arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()
@@ -65,8 +82,16 @@ class Intake:
         self._subscription: Subscription | None = None
         self._subscribed = False
         self._reopening: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._ending = False
-        self._held: set[Delivery] = set()
+        self._held: dict[Delivery, int] = {}
+        """Each message that was delivered and is not settled, with its size in bytes."""
+        self.held_bytes = 0
+        """The size of the bodies of these messages."""
+        self._settled = asyncio.Event()
+        self._starting = True
+        self._full = False
+        """True after the bytes were exceeded. From then on, messages of the subscription are not kept."""
 
     @property
     def active(self) -> bool:
@@ -78,16 +103,23 @@ class Intake:
         return len(self._held)
 
     async def open(self) -> None:
-        """Subscribes to the queue of the lane. While the broker is unavailable, tries again with jittered backoff."""
+        """Subscribes to the queue of the lane, first for one message (`prefetch`). While the broker is unavailable,
+        tries again with jittered backoff."""
+        self._starting = True
+        await self._subscribe(FIRST_PREFETCH)
+
+    async def _subscribe(self, prefetch: int) -> None:
         attempt = 0
+        self._full = False
         while not self._ending:
             subscription = self._subscription = Subscription(
                 self._hosts.url,
                 [lane_queue(self.lane)],
-                prefetch=self._settings.lane_prefetch,
+                prefetch=prefetch,
                 on_message=self._arrive,
                 on_lost=self._lost,
             )
+            self.prefetch = prefetch
             try:
                 await subscription.open()
                 self._subscribed = True
@@ -111,17 +143,49 @@ class Intake:
 
     async def _unsubscribe(self) -> None:
         subscription, self._subscription, self._subscribed = self._subscription, None, False
+        self.prefetch = 0
         if subscription is not None:
-            await subscription.close()
+            # A cancelled caller must not leave the connection open, because that would keep its messages.
+            self._closing = asyncio.create_task(subscription.close(), name=f"lane-{self.lane}-close")
+            await asyncio.shield(self._closing)
+
+    def reduce(self) -> None:
+        """Subscribes again if the lane allows fewer messages than the current subscription may deliver."""
+        if self.prefetch > self._allowed.present:
+            self._change_prefetch()
+
+    def _change_prefetch(self) -> None:
+        if self._subscribed and not self._ending:
+            self._subscribed = False  # `_lost` must not subscribe as well
+            self._reopening = vital_task(self._subscribe_again(), name=f"lane-{self.lane}-prefetch")
+
+    async def _subscribe_again(self) -> None:
+        """Replaces the subscription by one with the present prefetch, after its messages are settled. Closing it gives
+        back those that were not kept, and only then: the other consumers of the lane take them with their present
+        prefetch too."""
+        if self._subscription is not None:
+            await self._subscription.pause()
+        self.prefetch = 0
+        deadline = time.monotonic() + _REDUCE_TIMEOUT_SECONDS
+        while any(delivery.channel_open for delivery in self._held) or (
+            self._full and not self._allowed.settled and time.monotonic() < deadline
+        ):
+            self._settled.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_INTERVAL_SECONDS):
+                    await self._settled.wait()
+        await self._unsubscribe()
+        self._forget_lost()
+        await self._subscribe(self._allowed.present)
 
     async def take(self) -> list[Delivery]:
         """Waits for one message, then collects more until the batch is large enough or `batch_wait_ms` has passed.
         Returns an empty list after `end`."""
         taken: list[Delivery] = []
-        size = 0
+        size = size_bytes = 0
         loop = asyncio.get_running_loop()
         until: float | None = None  # None until the first message has arrived
-        while size < self._settings.batch_max_changes:
+        while size < self._settings.batch_max_changes and size_bytes < _MAX_BATCH_BYTES:
             try:
                 if not self._arrived.empty():
                     delivery = self._arrived.get_nowait()
@@ -136,6 +200,7 @@ class Intake:
             if delivery.channel_open:
                 taken.append(delivery)
                 size += estimate_changes(delivery.body)
+                size_bytes += len(delivery.body)
             until = until if until is not None or not taken else loop.time() + self._settings.batch_wait_ms / 1000
         return taken
 
@@ -154,7 +219,15 @@ class Intake:
                     await channel.basic_ack(tag)
             except (ChannelInvalidStateError, *BROKEN_LINK) as error:
                 log.warning("not_acknowledged", lane=self.lane, messages=len(tags), error=describe(error))
-        self._held.difference_update(deliveries)
+        for delivery in deliveries:
+            self.held_bytes -= self._held.pop(delivery, 0)
+        self._settled.set()
+        if self._subscribed:
+            if self._starting and deliveries:
+                self._allowed.first(max(len(delivery.body) for delivery in deliveries))
+                self._starting = False
+            if not self._starting and self.prefetch != self._allowed.present:
+                self._change_prefetch()
 
     async def end(self) -> None:
         """Stops deliveries. `take` still returns the messages that have already arrived. May be called twice, or before
@@ -177,9 +250,18 @@ class Intake:
             self._arrived.put_nowait(None)
         self._tags.clear()
         self._held.clear()
+        self.held_bytes = 0
 
     def _arrive(self, delivery: Delivery) -> None:
-        self._held.add(delivery)
+        self.most_deliveries = max(self.most_deliveries, delivery.deliveries)
+        self._allowed.delivered(delivery.deliveries)
+        if self._full:
+            return  # the broker delivers it again when the subscription is closed
+        size = len(delivery.body)
+        self._held[delivery] = size
+        self.held_bytes += size
+        if self.held_bytes > MANY_HELD_BYTES and len(self._held) > 1:
+            self._full = self._allowed.holds(self.held_bytes, max(self._held.values()))
         self._arrived.put_nowait(delivery)
         self._watch.active(self.lane)
         if len(delivery.body) < _MAX_SIGNAL_BYTES:
@@ -188,8 +270,13 @@ class Intake:
                 if signal is not None and signal.type == HEARTBEAT and signal.lane == self.lane:
                     self._watch.arrived(self.lane, signal.time)
 
+    def _forget_lost(self) -> None:
+        """Forgets the messages that can no longer be settled."""
+        self._held = {delivery: size for delivery, size in self._held.items() if delivery.channel_open}
+        self.held_bytes = sum(self._held.values())
+
     def _lost(self) -> None:
-        self._held = {delivery for delivery in self._held if delivery.channel_open}
+        self._forget_lost()
         if self._subscribed and not self._ending:
             log.info("lane_lost", lane=self.lane)
             self._reopening = vital_task(self._reopen(), name=f"lane-{self.lane}-reopen")

@@ -1,25 +1,21 @@
 """The PostgreSQL writer: writes the changes that wait in the lanes into the tables, in batches.
 
-    take ─► parse ─┬─► write ──────────────────┬─► acknowledge ─► wake the feed loop
-                   └─► forward failed changes ─┘
+    take ─► parse ─► write ─┬─────────────────────────► acknowledge ─► wake the feed loop
+                            └─► forward failed changes ─┘
 
-Guarantee: a message is acknowledged only after each change in it is committed in PostgreSQL, or confirmed by the broker
-in a retry queue or a dead-letter queue. If the acknowledgement is lost, the message is delivered again, and writing it
-again is idempotent.
+Guarantee: a message is acknowledged only after each change in it is committed in PostgreSQL or stored there as a dead
+letter, or confirmed by the broker in a retry queue or a dead-letter queue. If the acknowledgement is lost, the message
+is delivered again, and writing it again is idempotent.
 
 Order: the writer does not keep the order of changes, because the guard decides which state wins. Several consumers
 share each lane.
 
-Failed changes are forwarded concurrently with the writing, and the next batch does not wait for their confirms. A
-message is acknowledged when both have finished with it.
+A change that no retry can write is stored as a dead letter in the transaction of its batch, so that a burst of bad
+changes does not delay the good ones. Its dead-letter queue is for the dead letters that PostgreSQL refuses, and for
+messages that the broker dead-letters itself; the collector stores those.
 
-Dead letters are stored in two ways. If a batch has at most eight failures, its dead letters go through the dead-letter
-queue, and the collector stores them. If it has more, the writer stores them in PostgreSQL itself, in one statement, and
-uses the queue only if that fails. One way would be simpler, but a burst of failures must not delay good changes. With
-10,000 bad changes among 10,000 good ones, one change per message, the writer commits 660 to 860 good changes per
-second. If all dead letters go through the queue, it commits 250 to 280. Counting bad and good changes together, the
-throughput is 0.79 to 0.97 of that with only good changes, or 0.32 if all dead letters go through the queue. The
-decision was to use the queue alone only if it reached 0.5. `python -m benchmarks drain` repeats the measurement.
+All other failed changes go to the retry ladder while the next batch is written. A message is acknowledged when all of
+its changes are committed, stored or confirmed.
 
 While PostgreSQL is unavailable, batches are held (`batch_writer`), and the prefetch limits the number of held messages.
 After `sink_hold_seconds` the consumers release their messages, and subscribe again when PostgreSQL answers. While
@@ -40,13 +36,13 @@ from typing import Any
 import structlog
 
 from services.sync.failures.classification import describe
-from services.sync.failures.parsing import parse_dead_letters
-from services.sync.failures.retry_ladder import FailedChange, RetryLadder, headers_for
+from services.sync.failures.retry_ladder import FailedChange, RetryLadder, headers_for, log_failed
 from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.writer.batch_spans import trace_batch
-from services.sync.writer.batch_writer import BatchWriter, HoldExpired
+from services.sync.writer.batch_writer import BatchWriter, HoldExpired, Written
 from services.sync.writer.batches import WriteBatch, parse_batch
 from services.sync.writer.intake import Intake
+from services.sync.writer.prefetch import LanePrefetch
 from shared.entities.contract import Lane, now
 from shared.lifecycle import BackgroundLoop
 from shared.messaging.publisher import Publisher
@@ -59,8 +55,7 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_MAX_FAILURES_THROUGH_QUEUE = 8  # per batch
-_STORED_TIMEOUT_SECONDS = 0.2
+_MAX_FAILURES_LOGGED_ALONE = 8  # per batch
 _SHUTDOWN_GRACE_SECONDS = 6.5  # a stop may take 10 seconds, and closing the connections needs the rest
 
 
@@ -77,12 +72,13 @@ class Batcher:
         committed: Callable[[], None],
         tracer: Tracer,
         metrics: WriterMetrics,
+        prefetch: LanePrefetch,
     ) -> None:
         self.lane = lane
         self.loop = BackgroundLoop(f"postgres-writer-{lane}", self.run)
         self._metrics = metrics
         self._tracer = tracer
-        self.intake = Intake(settings, lane, watch)
+        self.intake = Intake(settings, lane, watch, prefetch)
         self.store = BatchWriter(postgres, settings)
         self._ladder = RetryLadder(publisher, settings.retry_steps_ms, metrics)
         self._open_steps: Counter[Delivery] = Counter()
@@ -148,52 +144,39 @@ class Batcher:
         while self._sending:
             await asyncio.wait(self._sending)
 
-    def _forward(self, failed: list[FailedChange]) -> "asyncio.Task[None]":
+    def _forward(self, failed: list[FailedChange]) -> None:
         """Forwards failed changes in the background. Their messages are acknowledged only after the task has ended."""
         messages: list[Delivery] = list({failed_change.message: None for failed_change in failed})  # type: ignore[misc]
         self._open_steps.update(messages)
         task = asyncio.create_task(self._send(failed, messages), name=f"failed-{self.lane}")
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
-        return task
 
     async def _send(self, failed: list[FailedChange], messages: list[Delivery]) -> None:
         def ours() -> bool:
             return any(delivery.channel_open for delivery in messages)
 
         try:
-            left = await self._store_dead_letters(failed) if len(failed) > _MAX_FAILURES_THROUGH_QUEUE else failed
-            if retries := await self._ladder.send(left, self.lane, ours=ours):
+            if retries := await self._ladder.send(failed, self.lane, ours=ours):
                 await self.store.note_retries(retries)
             await self._finish_step(messages)
         except Exception as error:
             log.exception("failed_changes_not_sent", lane=self.lane, changes=len(failed), error=describe(error))
             self._broken.set()
 
-    async def _store_dead_letters(self, failed: list[FailedChange]) -> list[FailedChange]:
-        """Stores those failures that are dead letters, as the collector would do. Returns the failures that must still
-        be sent."""
-        dead = [failed_change for failed_change in failed if self._ladder.is_dead(failed_change, self.lane)]
-        queue, lane = dead_queue(self.lane), self.lane
-        dead_letters = [
-            dead_letter
-            for failed_change in dead
-            for dead_letter in parse_dead_letters(
-                queue, lane, failed_change.body, headers_for(failed_change, lane), failed_change.at
-            )
-        ]
-        new = await self.store.store_dead_letters(dead_letters) if dead_letters else None
-        if new is None:
-            return failed
-        for reason, count in Counter(dead_letter.reason for dead_letter in new).items():
+    def _report_dead(self, written: Written) -> None:
+        """Counts and logs the dead letters that were stored with a batch."""
+        for reason, count in Counter(dead_letter.reason for dead_letter in written.new).items():
             self._metrics.dead_letters.inc(reason, count)
         for (reason, error), count in Counter(
-            (failed_change.failure.reason, failed_change.failure.error) for failed_change in dead
+            (failed_change.failure.reason, failed_change.failure.error) for failed_change in written.dead
         ).items():
             self._metrics.dead.inc(reason, count)
-            log.warning("changes_failed", queue=queue, reason=reason, error=error, changes=count)
-        stored = set(map(id, dead))
-        return [failed_change for failed_change in failed if id(failed_change) not in stored]
+            if len(written.dead) > _MAX_FAILURES_LOGGED_ALONE:
+                log.warning("changes_failed", queue=dead_queue(self.lane), reason=reason, error=error, changes=count)
+        if len(written.dead) <= _MAX_FAILURES_LOGGED_ALONE:
+            for failed_change in written.dead:
+                log_failed(failed_change, dead_queue(self.lane), headers_for(failed_change, self.lane))
 
     async def _finish_step(self, deliveries: list[Delivery]) -> None:
         """Finishes one step of each message, and acknowledges each message that has no open step left."""
@@ -213,16 +196,14 @@ class Batcher:
         began = time.time_ns()
         batch = parse_batch(self.lane, taken)
         self._open_steps.update(taken)
-        sending = self._forward(batch.failed) if batch.failed else None
-        refused = await self.store.write(batch)
+        written = await self.store.write(batch)
         ended = time.time_ns()
-        failed = [*batch.failed, *refused]
-        if refused:
-            self._forward(refused)
-        if sending is not None and len(batch.failed) > _MAX_FAILURES_THROUGH_QUEUE:
-            # Wait until the dead letters are stored, so that one acknowledgement covers all messages of the batch.
-            await asyncio.wait({sending}, timeout=_STORED_TIMEOUT_SECONDS)
+        refused, failed = written.failed, [*batch.failed, *written.failed]
+        if written.unsent:
+            self._forward(written.unsent)
         await self._finish_step(taken)
+        if written.dead:
+            self._report_dead(written)
 
         refused_ids = {failed_change.change.id for failed_change in refused if failed_change.change}
         committed_changes = (
@@ -262,8 +243,9 @@ class PostgresWriter:
         committed: Callable[[], None] = lambda: None,
     ) -> None:
         """`committed`: called after each batch, when its changes are committed or forwarded."""
+        prefetch = {lane: LanePrefetch(settings.lane_prefetch) for lane in Lane}
         self._batchers = [
-            Batcher(settings, lane, postgres, publisher, watch, committed, tracer, metrics)
+            Batcher(settings, lane, postgres, publisher, watch, committed, tracer, metrics, prefetch[lane])
             for lane in Lane
             for _ in range(settings.lane_consumers)
         ]
@@ -297,6 +279,9 @@ class PostgresWriter:
         return {
             "consumers": {lane.value: sum(each.intake.active for each in self._of(lane)) for lane in Lane},
             "held_messages": {lane.value: sum(each.intake.held for each in self._of(lane)) for lane in Lane},
+            "prefetch": {lane.value: [each.intake.prefetch for each in self._of(lane)] for lane in Lane},
+            "held_bytes": {lane.value: sum(each.intake.held_bytes for each in self._of(lane)) for lane in Lane},
+            "most_deliveries": max(batcher.intake.most_deliveries for batcher in self._batchers),
             "holding_since": min(holds, default=None),
             "last_commit_at": max(commits, default=None),
             "last_batch": max((each.last_batch for each in self._batchers), default=0),
