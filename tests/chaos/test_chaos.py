@@ -55,7 +55,7 @@ async def test_faults_at_random_times_lose_and_double_nothing(rig: ChaosRig) -> 
         (Kind.FREEZE, "postgres"),
         (Kind.LOSE, "postgres"),
         (Kind.WIPE, "redis"),
-        (Kind.DISK_FULL, "rabbitmq"),
+        (Kind.HOST_FULL, "host"),
     }
     proof = await run(rig, SEED, faults, SECONDS, clients=4)
     show(proof, SEED, len(faults))
