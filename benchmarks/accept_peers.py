@@ -118,7 +118,7 @@ async def declare_stream(rabbitmq_url: str) -> None:
     async with await declare.connect(rabbitmq_url) as connection:
         async with connection.channel() as channel:
             await channel.declare_exchange(CHANGES, aio_pika.ExchangeType.DIRECT, durable=True)
-        await declare.declare_logs(connection, Settings(_env_file=None), str(uuid4()))
+        await declare.declare_logs(connection, Settings(_env_file=None))
 
 
 def direct_peer(rig: BenchmarkRig) -> RunningProgram:

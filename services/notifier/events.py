@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from services.notifier.cursor import Position
+from services.notifier.cursor import Cursor
 from shared.entities import order
 from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import event_of
@@ -62,7 +62,7 @@ _fields = msgspec.json.Decoder(dict[str, Raw])
 
 
 class PushEvent(Struct, frozen=True):
-    position: Position
+    cursor: Cursor
     change_id: str
     tenant: str
     order_id: str
@@ -88,7 +88,7 @@ class PushEvent(Struct, frozen=True):
         return len(self._rest)
 
 
-def push_event(encoded: bytes, position: Position) -> PushEvent | None:
+def push_event(encoded: bytes, cursor: Cursor) -> PushEvent | None:
     """Returns the push event of an encoded change, or None if the change is not pushed. Raises BrokenContract for a
     change that no store accepts either."""
     change = decode_change(encoded)
@@ -104,7 +104,7 @@ def push_event(encoded: bytes, position: Position) -> PushEvent | None:
         data["previousStage"] = _previous_stage(change)
         data["newStage"] = state.status
     return PushEvent(
-        position=position,
+        cursor=cursor,
         change_id=change.id,
         tenant=change.restaurantid,
         order_id=state.id,

@@ -2,11 +2,14 @@
 
 Guarantee: every change in the log reaches the hub once, in the order of the log. After a start the changes of the last
 `replay_window_seconds` are read again. An unreadable entry is logged and skipped (the PostgreSQL writer dead-letters
-it), but the cursor moves past it. While the broker is unavailable, the hub serves its window. A new log restarts the
-hub. The follower may be stopped at any time, because it holds nothing that the log does not have."""
+it), but the cursor moves past it. While the broker is unavailable, the hub serves its window. If the log has lost its
+end, the follower goes back to a message of the window that the log still has. If it has none, such as a log that was
+created again, the window begins again and every client gets a resync. The follower may be stopped at any time, because
+it holds nothing that the log does not have."""
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from typing import Any
@@ -14,12 +17,13 @@ from typing import Any
 import structlog
 from opentelemetry.trace import SpanKind
 
-from services.notifier.cursor import Position
+from services.notifier.cursor import Cursor, cursor_at
 from services.notifier.events import PushEvent, push_event
 from services.notifier.hub import Hub
 from shared.entities.contract import BrokenContract, now, split_batch
 from shared.lifecycle import BackgroundLoop
-from shared.messaging.log import LogBatch, LogEntry, LogReader
+from shared.messaging.log import LogBatch, LogEntry, LogReader, Start
+from shared.messaging.position import LogPosition
 from shared.messaging.topology import LOG
 from shared.observability.metrics import PushMetrics
 from shared.observability.tracing import Tracer
@@ -57,12 +61,12 @@ class LogFollower:
     @property
     def caught_up(self) -> bool:
         """True if the window is filled and the log is read to its end."""
-        return self._reader.caught_up and self._hub.window.epoch is not None
+        return self._reader.caught_up and self._filled
 
     @property
     def serving(self) -> bool:
         """True if the window has been filled once. The broker may have become unavailable since then."""
-        return self._filled and self._hub.window.epoch is not None
+        return self._filled
 
     def start(self) -> None:
         self.loop.start()
@@ -85,10 +89,9 @@ class LogFollower:
         heartbeat_at = self._reader.heartbeat_at
         age = None if heartbeat_at is None else (now() - heartbeat_at).total_seconds()
         stale = age is None or age > max(2.0, self._settings.heartbeat_interval_seconds * 3)
-        return self.caught_up and self._filled, {
+        return self.caught_up, {
             "broker": self._reader.connected,
             "caught_up": self.caught_up,
-            "epoch": self._hub.window.epoch,
             "heartbeats": "stale" if stale else "fresh",
             "heartbeat_age_seconds": None if age is None else round(age, 3),
             "window": len(self._hub.window),
@@ -102,35 +105,44 @@ class LogFollower:
             self._hub.keep_alive()
 
     async def _follow(self) -> None:
-        since = now() - timedelta(seconds=self._settings.replay_window_seconds)
-        async with aclosing(self._reader.read(since)) as batches:
+        async with aclosing(self._reader.read(self._window_start(), fallbacks=self._fallbacks)) as batches:
             first = True
             async for batch in batches:
-                if first or batch.restarted or batch.epoch != self._hub.window.epoch:
-                    self._hub.begin(batch.epoch, batch.first_offset)
+                restarted = batch.broken is not None and not isinstance(batch.broken.back_to, LogPosition)
+                if first or restarted:
+                    self._hub.begin(batch.positions[0])
                     first = False
                 await self._take(batch)
+                if restarted:
+                    self._hub.resync("truncated")
                 if batch.caught_up and not self._filled:
-                    log.info("caught_up", epoch=batch.epoch, window=len(self._hub.window))
+                    log.info("caught_up", position=batch.last, window=len(self._hub.window))
                     self._filled = True
                 self.loop.turned()
+
+    def _window_start(self) -> Start:
+        return now() - timedelta(seconds=self._settings.replay_window_seconds)
+
+    async def _fallbacks(self) -> Sequence[Start]:
+        return [*self._hub.window.older_positions(), self._window_start()]
 
     async def _take(self, batch: LogBatch) -> None:
         began = time.time_ns()
         events: list[PushEvent] = []
-        upto = Position(batch.first_offset, 0)
-        changes = 0
+        upto = cursor_at(batch.positions[0])
+        changes = passed = 0
         for entry in batch.entries:
             found, upto = _events_in(entry)
             events += found
             changes += upto.batch_index + 1
             if changes >= _MAX_STEP_CHANGES:
-                self._hub.publish(events, upto, time.monotonic())
+                until = batch.positions.index(entry.position, passed) + 1
+                self._hub.publish(events, batch.positions[passed:until], upto, time.monotonic())
                 self._trace(events, began)
-                events, changes = [], 0
+                events, changes, passed = [], 0, until
                 await asyncio.sleep(0)
         # Signals at the end of a batch also move the cursor.
-        self._hub.publish(events, max(upto, Position(batch.last_offset, 0)), time.monotonic())
+        self._hub.publish(events, batch.positions[passed:], max(upto, cursor_at(batch.last)), time.monotonic())
         self._trace(events, began)
 
     def _trace(self, events: list[PushEvent], began: int) -> None:
@@ -157,14 +169,14 @@ class LogFollower:
                 )
 
 
-def _events_in(entry: LogEntry) -> tuple[list[PushEvent], Position]:
-    """Returns the push events of one message, and the position of its last change."""
+def _events_in(entry: LogEntry) -> tuple[list[PushEvent], Cursor]:
+    """Returns the push events of one message, and the cursor of its last change."""
     events = []
     index = 0
     try:
         for index, encoded in enumerate(split_batch(entry.body)):
             try:
-                event = push_event(encoded, Position(entry.offset, index))
+                event = push_event(encoded, cursor_at(entry.position, index))
             except BrokenContract as error:
                 log.error("not_pushed", offset=entry.offset, index=index, reason=error.reason, error=str(error))
             else:
@@ -172,4 +184,4 @@ def _events_in(entry: LogEntry) -> tuple[list[PushEvent], Position]:
                     events.append(event)
     except BrokenContract as error:
         log.error("not_pushed", offset=entry.offset, reason=error.reason, error=str(error))
-    return events, Position(entry.offset, index)
+    return events, cursor_at(entry.position, index)

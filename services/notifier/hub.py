@@ -1,9 +1,9 @@
 """The hub distributes push events to subscribers.
 
 Guarantees: a subscriber receives the events of its interest from its cursor on, in the order of the log, each change
-once and without a gap. Where that is impossible (the cursor is older than the window, of another epoch or ahead of the
-log, or the buffer is full), it receives one `resync` with the reason; a slow subscriber is also disconnected. No event
-reaches another tenant, because fan-out begins with the tenant.
+once and without a gap. Where that is impossible (the cursor is older than the window, the log does not have its
+message, or the buffer is full), it receives one `resync` with the reason; a slow subscriber is also disconnected. No
+event reaches another tenant, because fan-out begins with the tenant.
 
 Subscribers with the same interest form an audience. A batch of events is filtered, framed and joined once per audience;
 each subscriber gets a reference to the bytes and one wake-up. The cost of an event therefore hardly grows with the
@@ -11,6 +11,9 @@ number of screens.
 
 A subscriber that resumes reads the window at its own pace. It joins its audience in the same step of the event loop in
 which it reaches the window's end, so that there is neither a gap nor a repetition between resumed and live events.
+
+If the log has lost its end, live subscribers have received changes that it no longer has. They continue with the
+entries in place of the lost ones. They miss nothing, but may receive a change again that comes into the log again.
 """
 
 import asyncio
@@ -20,11 +23,12 @@ from typing import Any
 import structlog
 from msgspec import Struct
 
-from services.notifier.cursor import Cursor, Position
+from services.notifier.cursor import Cursor
 from services.notifier.events import PushEvent
 from services.notifier.interest import Interest
 from services.notifier.resume import missed_events
 from services.notifier.window import Window
+from shared.messaging.position import LogPosition
 
 log = structlog.get_logger(__name__)
 
@@ -36,8 +40,8 @@ _MAX_RESUME_STEP_EVENTS = 256
 class Form(Struct, frozen=True):
     """The encoders of a transport. Each transport has one object, which is compared by identity."""
 
-    event: Callable[[PushEvent, Cursor, bool], bytes]
-    """Encodes (event, its cursor, whether the subscriber follows one order)."""
+    event: Callable[[PushEvent, bool], bytes]
+    """Encodes (event, whether the subscriber follows one order)."""
     resync: Callable[[str, Cursor], bytes]
     keep_alive: Callable[[Cursor], bytes]
 
@@ -122,13 +126,9 @@ class Audience:
             return f"order:{self.interest.order_id}"
         return "" if self.interest.session_id is None else f"session:{self.interest.session_id}"
 
-    def frames(self, events: Iterable[PushEvent], epoch: str) -> list[bytes]:
+    def frames(self, events: Iterable[PushEvent]) -> list[bytes]:
         of_one_order = self.interest.order_id is not None
-        return [
-            self.form.event(event, Cursor(epoch, event.position), of_one_order)
-            for event in events
-            if self.interest.wants(event)
-        ]
+        return [self.form.event(event, of_one_order) for event in events if self.interest.wants(event)]
 
 
 _Rooms = dict[str, dict[tuple[Interest, int], Audience]]
@@ -141,7 +141,7 @@ class Hub:
         self._buffer_bytes = buffer_bytes
         self._tenants: dict[str, _Rooms] = {}
         self._subscribers: set[Subscriber] = set()
-        self._ahead: list[tuple[Position, asyncio.Future[None]]] = []
+        self._ahead: list[tuple[Cursor, asyncio.Future[None]]] = []
         self._closed = False
         self.slow_count = 0
         """The number of subscribers that were disconnected since the start because they did not read."""
@@ -149,12 +149,12 @@ class Hub:
     def __len__(self) -> int:
         return len(self._subscribers)
 
-    async def reached(self, position: Position, *, within: float) -> None:
-        """Waits until the log has been read up to `position`, at most `within` seconds. The instance that issued a
-        cursor may be a few milliseconds ahead of this one."""
-        if position <= self.window.present:
+    async def reached(self, cursor: Cursor, *, within: float) -> None:
+        """Waits until the log has been read up to `cursor`, at most `within` seconds. The instance that issued a cursor
+        may be a few milliseconds ahead of this one."""
+        if cursor <= self.window.present:
             return
-        waiter = position, asyncio.get_running_loop().create_future()
+        waiter = cursor, asyncio.get_running_loop().create_future()
         self._ahead.append(waiter)
         await asyncio.wait((waiter[1],), timeout=within)
         if waiter in self._ahead:
@@ -206,12 +206,12 @@ class Hub:
         missed = missed_events(self.window, audience.interest.tenant, cursor, limit=_MAX_RESUME_STEP_EVENTS)
         if isinstance(missed, str):
             self._join(subscriber)
-            return audience.form.resync(missed, self.window.cursor)
+            return audience.form.resync(missed, self.window.present)
         if not missed:
             self._join(subscriber)
             return None
-        subscriber.position = Cursor(cursor.epoch, missed[-1].position)
-        return b"".join(audience.frames(missed, cursor.epoch))
+        subscriber.position = missed[-1].cursor
+        return b"".join(audience.frames(missed))
 
     def _join(self, subscriber: Subscriber) -> None:
         """Makes a subscriber live. There must be no await between the check that it missed nothing and this call."""
@@ -224,9 +224,10 @@ class Hub:
 
     # -- fan-out -------------------------------------------------------------------------------------------------
 
-    def publish(self, events: Sequence[PushEvent], upto: Position, at: float) -> None:
-        """Distributes events in the order of the log. The log is read up to `upto`. `at` is in monotonic seconds."""
-        new = self.window.add(events, upto, at)
+    def publish(self, events: Sequence[PushEvent], positions: Sequence[LogPosition], upto: Cursor, at: float) -> None:
+        """Distributes events in the order of the log. `positions`: of the messages that were read, with or without
+        events. The log is read up to `upto`. `at` is in monotonic seconds."""
+        new = self.window.add(events, positions, upto, at)
         for waiter in [waiter for waiter in self._ahead if waiter[0] <= upto]:
             self._ahead.remove(waiter)
             waiter[1].set_result(None)
@@ -241,7 +242,7 @@ class Hub:
         slow: list[Subscriber] = []
         for (tenant, room), room_events in by_room.items():
             for audience in self._tenants[tenant][room].values():
-                frames = audience.frames(room_events, self.window.epoch or "")
+                frames = audience.frames(room_events)
                 if frames:
                     slow += self._fan_out(audience, b"".join(frames), len(frames))
         for subscriber in slow:
@@ -272,17 +273,21 @@ class Hub:
     def _disconnect_slow(self, subscriber: Subscriber) -> None:
         self.slow_count += 1
         subscriber.clear()
-        subscriber.put(subscriber.audience.form.resync("slow", self.window.cursor), 1)
+        subscriber.put(subscriber.audience.form.resync("slow", self.window.present), 1)
         log.info("slow_subscriber", restaurant_id=subscriber.audience.interest.tenant)
         self._end(subscriber)
 
-    def begin(self, epoch: str | None, first_offset: int) -> None:
-        """Restarts the window on another log, in which earlier cursors are not valid."""
-        self.window.begin(epoch, first_offset)
+    def begin(self, first: LogPosition) -> None:
+        """Starts the window, or starts it again on a log that has none of its messages. The log is read from `first`
+        on. After the first messages are published, the caller must call `resync`."""
+        self.window.begin(first)
+
+    def resync(self, reason: str) -> None:
+        """Tells every live subscriber to load its data again. One that is still resuming gets its resync from
+        `resume`."""
         for subscriber in self._subscribers:
-            # A subscriber that is still resuming gets its resync from `resume`.
             if subscriber.position is None:
-                subscriber.put(subscriber.audience.form.resync("other_epoch", self.window.cursor), 1)
+                subscriber.put(subscriber.audience.form.resync(reason, self.window.present), 1)
 
     def keep_alive(self) -> None:
         """Sends a keep-alive to idle subscribers. It carries the cursor, so that a subscriber with a narrow filter can
@@ -291,7 +296,7 @@ class Hub:
         for subscriber in self._subscribers:
             if subscriber.position is None and subscriber.idle:
                 form = subscriber.audience.form
-                chunk = encoded.get(id(form)) or encoded.setdefault(id(form), form.keep_alive(self.window.cursor))
+                chunk = encoded.get(id(form)) or encoded.setdefault(id(form), form.keep_alive(self.window.present))
                 subscriber.put(chunk, 0)
 
     def close(self) -> None:

@@ -7,10 +7,8 @@ from services.notifier.window import Window
 
 def missed_events(window: Window, tenant: str, cursor: Cursor, *, limit: int) -> list[PushEvent] | str:
     """Returns at most `limit` of the tenant's events after the cursor, oldest first, or the reason for a resync:
-    `other_epoch` (the cursor is of another change log, or ahead of this one) or `too_old` (the window does not hold
-    every event after it)."""
-    if cursor.epoch != window.epoch or cursor.position > window.present:
-        return "other_epoch"
-    if not window.holds_all_after(cursor.position):
-        return "too_old"
-    return window.after(tenant, cursor.position, limit)
+    `too_old` (the window does not hold every event after it) or `truncated` (the log does not have the message of the
+    cursor: it has lost its end, or was created again)."""
+    if window.holds_all_after(cursor):
+        return window.after(tenant, cursor, limit) if window.proves(cursor) else "truncated"
+    return "too_old"

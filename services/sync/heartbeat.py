@@ -6,9 +6,7 @@ broken.
 stores it (PostgreSQL commits it, or the mirror writer applies it), which proves that the sink has everything that was
 sent before it.
 
-Backend unavailable: the sender waits for PostgreSQL only until it knows the epoch of the log, and sends nothing before
-that. Afterwards it uses the last known epoch while PostgreSQL is unavailable. A heartbeat that RabbitMQ does not
-confirm is dropped.
+Backend unavailable: the sender needs no PostgreSQL. A heartbeat that RabbitMQ does not confirm is dropped.
 
 Shutdown: it may be stopped at any time, because nothing has to be finished.
 """
@@ -30,7 +28,6 @@ from shared.lifecycle import BackgroundLoop
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
-from shared.postgres.migrate import current_epoch
 from shared.postgres.pool import Connection, Postgres
 from shared.settings import Settings
 
@@ -73,6 +70,9 @@ class HeartbeatPath(Struct):
     """The time at which this process learned that the sink has stored it."""
     lag: float = 0.0
     """The seconds from the sending of that heartbeat until the sink had stored it."""
+    log_offset: int = -1
+    """The offset of the newest heartbeat that was read from the log. In the log the offset decides which heartbeat is
+    newer, because the clocks of two senders may differ."""
 
 
 class HeartbeatMonitor:
@@ -114,14 +114,25 @@ class HeartbeatMonitor:
             self._idle[log_path_of(lane)] = lambda: True
             self._paths[log_path_of(lane)].active = time.monotonic()
 
-    def arrived_in_log(self, lane: Lane, sent_at: datetime) -> None:
+    def note_log_start(self) -> None:
+        """Records that the mirror writer begins to read, or goes back because the log has lost its end: the next
+        heartbeat may have any offset."""
+        for lane in Lane:
+            self._paths[log_path_of(lane)].log_offset = -1
+
+    def arrived_in_log(self, lane: Lane, sent_at: datetime, offset: int) -> None:
         """Records that the mirror writer has read a heartbeat, even if the mirror is unavailable. This proves the
         binding."""
-        self._arrived(self._paths[log_path_of(lane)], sent_at)
+        path = self._paths[log_path_of(lane)]
+        if offset > path.log_offset:
+            path.log_offset = offset
+            self._note_arrival(path, sent_at)
 
-    def applied_to_mirror(self, lane: Lane, sent_at: datetime, applied_at: datetime) -> None:
+    def applied_to_mirror(self, lane: Lane, sent_at: datetime, offset: int, applied_at: datetime) -> None:
         """Records that the mirror writer has applied the log up to the heartbeat."""
-        self._stored(self._paths[log_path_of(lane)], sent_at, applied_at)
+        path = self._paths[log_path_of(lane)]
+        if offset >= path.log_offset:
+            self._note_storing(path, sent_at, applied_at)
 
     # -- results ------------------------------------------------------------------------------------------
 
@@ -193,15 +204,21 @@ class HeartbeatMonitor:
     def _arrived(self, path: HeartbeatPath, sent_at: datetime) -> None:
         # Ignore a heartbeat that is not new, because the sender reads the same row of PostgreSQL repeatedly.
         if path.newest_arrived is None or sent_at > path.newest_arrived:
-            path.newest_arrived, path.arrived = sent_at, time.monotonic()
-            path.active, path.missing_since = path.arrived, None
-            self._changed.set()
+            self._note_arrival(path, sent_at)
+
+    def _note_arrival(self, path: HeartbeatPath, sent_at: datetime) -> None:
+        path.newest_arrived, path.arrived = sent_at, time.monotonic()
+        path.active, path.missing_since = path.arrived, None
+        self._changed.set()
 
     def _stored(self, path: HeartbeatPath, sent_at: datetime, stored_at: datetime) -> None:
         self._arrived(path, sent_at)
         if path.newest_stored is None or sent_at > path.newest_stored:
-            path.newest_stored, path.stored = sent_at, time.monotonic()
-            path.lag = max(0.0, (stored_at - sent_at).total_seconds())
+            self._note_storing(path, sent_at, stored_at)
+
+    def _note_storing(self, path: HeartbeatPath, sent_at: datetime, stored_at: datetime) -> None:
+        path.newest_stored, path.stored = sent_at, time.monotonic()
+        path.lag = max(0.0, (stored_at - sent_at).total_seconds())
 
 
 class HeartbeatSender:
@@ -210,7 +227,6 @@ class HeartbeatSender:
         self._publisher = publisher
         self._watch = watch
         self._interval = settings.heartbeat_interval_seconds
-        self._epoch: str | None = None
         self.loop = BackgroundLoop("heartbeats", self._run)
 
     async def start(self) -> None:
@@ -223,8 +239,6 @@ class HeartbeatSender:
         looking = asyncio.create_task(self._read_postgres(), name="heartbeats-read")
         try:
             while True:
-                if self._epoch is None:
-                    await asyncio.wait([looking])
                 await asyncio.gather(*(self._send(lane) for lane in Lane))
                 self.loop.turned()
                 await asyncio.sleep(self._interval)
@@ -236,21 +250,17 @@ class HeartbeatSender:
             await asyncio.gather(looking, return_exceptions=True)
 
     async def _read_postgres(self) -> None:
-        """Reads the epoch of the log, and the heartbeats that other workers have stored, because these prove the
-        bindings too."""
+        """Reads the heartbeats that other workers have stored, because these prove the bindings too."""
         try:
             async with self._postgres.connection() as connection:
-                self._epoch = await current_epoch(connection) or self._epoch
                 for row in await connection.fetch("select lane, sent_at, stored_at from heartbeats"):
                     if row["lane"] in set(Lane):
                         self._watch.stored(Lane(row["lane"]), row["sent_at"], row["stored_at"])
-        except Exception as error:  # noqa: BLE001  (the last known epoch is good enough)
+        except Exception as error:  # noqa: BLE001  (the next round reads again)
             log.debug("heartbeats_without_postgres", error=describe(error))
 
     async def _send(self, lane: Lane) -> None:
-        if self._epoch is None:
-            return
-        heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), lane=lane.value, epoch=self._epoch)
+        heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), lane=lane.value)
         try:
             await self._publisher.publish(lane.value, encode_signal(heartbeat))
         except (NotSent, InDoubt) as error:

@@ -1,8 +1,7 @@
 """Signals: small messages of the rail itself. They travel like changes, but change no entity.
 
-A *heartbeat* goes through every lane and the log every few seconds, and each sink stores it. It proves the bindings,
-measures the sync lag and carries the epoch of the log. A *mark* goes only into the log: a reader that meets its own
-mark has read everything before it.
+A *heartbeat* goes through every lane and the log every few seconds, and each sink stores it. It proves the bindings and
+measures the sync lag. A *mark* goes only into the log: a reader that meets its own mark has read everything before it.
 """
 
 from datetime import datetime
@@ -22,9 +21,6 @@ class Signal(Struct, frozen=True, kw_only=True):
     time: datetime
     lane: str = ""
     """The lane that a heartbeat went through; empty for a mark."""
-    epoch: str = ""
-    """The epoch of the log. A stream that is created again gets a new epoch, so that readers detect cursors of an older
-    stream."""
     source: str = "sync"
     specversion: str = "1.0"
 

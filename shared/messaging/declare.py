@@ -1,14 +1,10 @@
 """Declares the topology for `ticketrail migrate`, and checks when a service starts that the topology exists."""
 
-from uuid import uuid4
-
 import aio_pika
 import structlog
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
-from shared.entities.contract import now
-from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.hosts import Hosts
 from shared.messaging.recovery import START_WAIT_SECONDS, BrokerNotReady, is_missing, when_ready
@@ -93,19 +89,12 @@ async def declare(connection: AbstractConnection, settings: Settings) -> None:
                 await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
 
 
-async def declare_logs(connection: AbstractConnection, settings: Settings, epoch: str) -> None:
-    """Declares the streams. Each one gets a heartbeat with the epoch before it is bound, so that a new stream begins
-    with this heartbeat. If the change log is missing, all streams are created again, because they share its epoch."""
-    recreate = not await log_exists(connection)
+async def declare_logs(connection: AbstractConnection, settings: Settings) -> None:
+    """Declares the streams. A repeated call changes nothing. Raises TopologyError."""
     async with connection.channel() as channel:
         exchange = await channel.get_exchange(topology.CHANGES, ensure=False)
         for queue in topology.logs(settings):
-            if recreate:
-                await channel.queue_delete(queue.name)
             await _declare(channel, queue)
-            heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, source="migrate")
-            message = aio_pika.Message(encode_signal(heartbeat), message_id=heartbeat.id, delivery_mode=2)
-            await channel.default_exchange.publish(message, queue.name, mandatory=True, timeout=5.0)
             for lane in queue.bound_to:
                 await (await channel.get_queue(queue.name, ensure=False)).bind(exchange, lane.value)
 

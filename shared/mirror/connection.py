@@ -48,7 +48,7 @@ log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _MAX_PIPELINE_COMMANDS = 512
-_SCRIPT_PARTS = ("identity", "stock", "order_number")
+_SCRIPT_PARTS = ("identity", "stock", "order_number", "position")
 # A server that is available again answers a probe in a few milliseconds.
 _PROBE_TIMEOUT_SECONDS = 0.1
 

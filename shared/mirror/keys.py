@@ -11,7 +11,8 @@
     {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is unavailable
     ticketrail:warm                  hash   server "<run_id>:<master_replid>" that the mirror writer has filled,
                                             identity, prefix, until (the last business day with the prefix)
-    ticketrail:log                   hash   epoch, offset: how far the mirror writer has applied the log
+    ticketrail:log                   hash   offset, crc: the position up to which the mirror writer has applied the log;
+                                            broken: the largest offset from which the position has moved back
     ticketrail:feed                  hash   position, xid: how far the feed loop has read the feed (postgres/feed.py)
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
     ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
@@ -21,7 +22,7 @@
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 """Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from shared.entities.contract import Change, Head, Outline
 from shared.entities.entity import Entity, Hold, micros
+from shared.messaging.position import LogPosition
 from shared.mirror import keys
 from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Stale, StockShort
 from shared.mirror.connection import MirrorConnection
@@ -43,11 +44,8 @@ class Apply(Struct, frozen=True):
     how: str = "reveal"
 
 
-class LogState(Struct, frozen=True):
-    """The position up to which the mirror writer has applied the log."""
-
-    epoch: str
-    offset: int
+NOTHING_APPLIED = LogPosition(-1, 0)
+"""The position of a mirror that the mirror writer has begun to fill, or that must be read again from an older place."""
 
 
 class Mirror:
@@ -162,28 +160,22 @@ class Mirror:
         self,
         states: Sequence[Apply],
         *,
-        at: LogState | None = None,
-        note: LogState | None = None,
+        at: LogPosition | None = None,
+        note: LogPosition | None = None,
         server: str = "",
         only_warm: bool = False,
     ) -> list[int] | None:
         """Writes states under the guard, in one atomic step.
 
         `at`: write only to a mirror that has applied the log at least this far; one that has lost a part of it becomes
-        cold. `note`: set the log state of the mirror in the same step. `server`: write only to this server (see
-        `server`). `only_warm`: write only to it while it is warm, because the caller sends only the changes that
-        `missing` returned. Returns the indexes of late states whose document is missing, or None if this is not the
-        mirror that the caller has filled; then nothing is written.
+        cold. `note`: move the position of the mirror forward to this one in the same step. `server`: write only to this
+        server (see `server`). `only_warm`: write only to it while it is warm, because the caller sends only the changes
+        that `missing` returned. Returns the indexes of late states whose document is missing, or None if this is not
+        the mirror that the caller has filled; then nothing is written.
         """
         all_keys = [keys.LOG, keys.CLAIMS, keys.WARM]
-        epoch = note.epoch if note else at.epoch if at else ""
-        arguments: list[str | bytes | int | float] = [
-            epoch,
-            at.offset if at else "",
-            note.offset if note else "",
-            server,
-            int(only_warm),
-        ]
+        positions: list[str | bytes | int | float] = [*(at or ("", "")), *(note or ("", ""))]
+        arguments = [*positions, server, int(only_warm)]
         for state in states:
             restaurant, name, id_ = state.state.restaurant_id, state.entity.name, state.state.id
             series, number = "-", ""
@@ -397,15 +389,20 @@ class Mirror:
 
     # -- the state of the mirror writer ------------------------------------------------------------------------
 
-    async def log_state(self) -> LogState | None:
-        """Returns how far the mirror writer has applied the log, or None if the mirror has no log state."""
-        epoch, offset = await self._redis.call("HMGET", keys.LOG, "epoch", "offset")
-        return None if epoch is None else LogState(epoch.decode(), int(offset))
+    async def log_position(self) -> LogPosition | None:
+        """Returns how far the mirror writer has applied the log, or None if no mirror writer has begun to fill it."""
+        offset, crc = await self._redis.call("HMGET", keys.LOG, "offset", "crc")
+        return None if offset is None else LogPosition(int(offset), int(crc))
 
-    async def begin_log(self, state: LogState) -> None:
-        """Begins to fill a mirror by setting its log state. After that, `apply` with `at` writes only to this mirror
-        and not to a later one. Does nothing if the mirror already has a log state."""
-        await self._redis.script("begin_log", [keys.LOG, keys.WARM], [state.epoch, state.offset])
+    async def begin_log(self) -> None:
+        """Begins to fill a mirror by setting its position to NOTHING_APPLIED. After that, `apply` with `at` writes only
+        to this mirror and not to a later one. Does nothing if the mirror already has a position."""
+        await self._redis.script("begin_log", [keys.LOG, keys.WARM], NOTHING_APPLIED)
+
+    async def go_back(self, broken: LogPosition, to: LogPosition) -> bool:
+        """Moves the position of the mirror back, because the log does not prove `broken`. Returns False if the mirror
+        has another position. The mirror stays warm or cold."""
+        return bool(await self._redis.script("go_back", [keys.LOG], [*broken, *to]))
 
     async def server(self) -> tuple[str, bool]:
         """Returns (the name of the server, whether its mirror is warm). A server gets another name when it is started
@@ -417,14 +414,12 @@ class Mirror:
         _, warm = await self.server()
         return warm
 
-    async def warm(self, at: LogState, server: str, identity: MirrorIdentity) -> bool:
+    async def warm(self, at: LogPosition, server: str, identity: MirrorIdentity) -> bool:
         """Makes the mirror of a server warm, under a new identity. Does nothing if it is warm already. Returns False if
         this is not the mirror that the caller has filled up to `at`."""
         return bool(
             await self._redis.script(
-                "warm",
-                [keys.LOG, keys.WARM],
-                [at.epoch, at.offset, server, identity.id, identity.prefix, identity.prefix_until],
+                "warm", [keys.LOG, keys.WARM], [*at, server, identity.id, identity.prefix, identity.prefix_until]
             )
         )
 

@@ -11,7 +11,6 @@ from urllib.parse import unquote, urlsplit
 
 import asyncpg
 
-from shared.postgres.pool import Connection
 from shared.settings import Settings
 
 _ADVISORY_LOCK_ID = 0x71636B74
@@ -97,9 +96,3 @@ async def migrate(settings: Settings) -> list[str]:
         return applied
     finally:
         await connection.close()
-
-
-async def current_epoch(connection: Connection) -> str | None:
-    """Returns the epoch of the current change log, or None before the first one."""
-    epoch: str | None = await connection.fetchval("select epoch from log_epochs order by id desc limit 1")
-    return epoch

@@ -11,9 +11,6 @@ import aio_pika
 import pytest
 from click.testing import CliRunner, Result
 
-from deploy.local import packages
-from deploy.local import servers as local
-from deploy.local.port_check import find_free
 from services.sync.cli.main import main
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology
@@ -21,36 +18,13 @@ from shared.messaging.log import LogReader
 from shared.messaging.publisher import BROKEN_LINK
 from shared.messaging.recovery import BrokerNotReady, when_ready
 from shared.settings import Settings
-from tests.rigs.servers import RabbitMQ, Servers
-from tests.rigs.servers.processes import LocalProcess
-from tests.rigs.system import System, eventually
+from tests.rigs.power_cut import OwnBroker
+from tests.rigs.servers import Servers
+from tests.rigs.system import System
 
 pytestmark = pytest.mark.timeout(600)
 
 MESSAGES = 300  # in each queue; the messages of the lanes reach the streams too
-
-
-class OwnBroker(Servers):
-    """The servers of the run, but with a local RabbitMQ process that a test may restart."""
-
-    def __init__(self, shared: Servers, folder: Path) -> None:
-        amqp, management, epmd, distribution = find_free(4)
-        own = local.RabbitMQ(
-            folder / "rabbitmq",
-            folder / "rabbitmq.log",
-            packages.ensure(),
-            port=amqp,
-            management_port=management,
-            epmd_port=epmd,
-            distribution_port=distribution,
-        )
-        super().__init__(
-            RabbitMQ(LocalProcess(own), amqp, management),
-            shared.postgres,
-            shared.redis,
-            another_redis=shared.extra_redis,
-            clean=lambda: None,
-        )
 
 
 @pytest.fixture
@@ -123,19 +97,6 @@ async def unrecovered_answers(url: str) -> int:
                 await asyncio.sleep(0.01)
 
 
-async def first_stream_on_disk(folder: Path) -> None:
-    """Waits until the node has written the name of its stream coordinator, within a second of the first stream.
-
-    If RabbitMQ is killed earlier, it forgets the coordinator, and its streams stay down (docs/operations.md).
-    """
-
-    def written() -> bool:
-        files = folder.rglob("coordination/*/names.dets")
-        return any(b"rabbit_stream_coordinator" in file.read_bytes() for file in files)
-
-    await eventually(lambda: asyncio.to_thread(written), what="the stream coordinator on disk")
-
-
 def migrate(environment: dict[str, str]) -> Result:
     """Runs `ticketrail migrate` in this process, because a new process starts more slowly than the broker recovers."""
     return CliRunner().invoke(main, ["migrate"], env=environment)
@@ -145,7 +106,8 @@ def migrate(environment: dict[str, str]) -> Result:
 @pytest.mark.parametrize("restarts", [2, pytest.param(12, marks=pytest.mark.slow)])
 async def test_migrate_start_checks_and_readers_wait_for_a_recovering_broker(system: System, restarts: int) -> None:
     await system.cli("migrate")
-    await first_stream_on_disk(system.directory)
+    assert isinstance(system.servers, OwnBroker)
+    await system.servers.streams_on_disk()
     settings = Settings(rabbitmq_url=system.rabbitmq_url, retry_steps_ms=(50, 100, 200))
     await fill(system.rabbitmq_url)
     broker = system.servers.rabbitmq

@@ -1,25 +1,34 @@
 """The log reader on a real stream: entries in order and once, whatever happens to the connection or the stream."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from datetime import timedelta
+import gc
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from datetime import datetime, timedelta
 from functools import partial
 from uuid import uuid4
 
 import aio_pika
 import pytest
+from aio_pika.abc import AbstractIncomingMessage
 
 from shared.entities.contract import Lane, now
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import declare
-from shared.messaging.log import LogBatch, LogReader, Start
+from shared.messaging.log import (
+    MAX_BATCH_BYTES,
+    PREFETCH_MESSAGES,
+    BrokenPosition,
+    LogBatch,
+    LogReader,
+    Start,
+)
+from shared.messaging.position import LogPosition
 from shared.messaging.topology import CHANGES, LOG
 from shared.settings import Settings
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
-EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 SETTINGS = Settings(change_log_segment_bytes=1_000_000)
 
 
@@ -36,7 +45,7 @@ class Broker:
         async with await declare.connect(self.url) as connection:
             await declare.declare(connection, SETTINGS)
             if with_log:
-                await declare.declare_logs(connection, SETTINGS, EPOCH)
+                await declare.declare_logs(connection, SETTINGS)
 
     async def publish(self, *bodies: bytes, lane: Lane = Lane.CRITICAL, to_log_alone: bool = False) -> None:
         async with await declare.connect(self.url) as connection:
@@ -51,17 +60,18 @@ class Broker:
                     )
                 )
 
-    async def heartbeat(self, epoch: str) -> None:
-        signal = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, lane="critical")
+    async def heartbeat(self, *, sent_at: datetime | None = None) -> Signal:
+        signal = Signal(id=str(uuid4()), type=HEARTBEAT, time=sent_at or now(), lane="critical")
         await self.publish(encode_signal(signal))
+        return signal
 
     async def delete_log(self) -> None:
         async with await declare.connect(self.url) as connection:
             await (await connection.channel()).queue_delete(LOG)
 
-    async def make_log(self, epoch: str) -> None:
+    async def make_log(self) -> None:
         async with await declare.connect(self.url) as connection:
-            await declare.declare_logs(connection, SETTINGS, epoch)
+            await declare.declare_logs(connection, SETTINGS)
 
 
 @pytest.fixture
@@ -80,8 +90,11 @@ class BatchCollector:
         self.batches: list[LogBatch] = []
         self._more = asyncio.Event()
 
-    async def run(self, start: Start, epoch: str | None) -> None:
-        async for batch in self.reader.read(start, epoch=epoch):
+    async def run(self, start: Start, fallbacks: Sequence[Start]) -> None:
+        async def older() -> Sequence[Start]:
+            return fallbacks
+
+        async for batch in self.reader.read(start, fallbacks=older):
             self.batches.append(batch)
             self._more.set()
 
@@ -90,8 +103,17 @@ class BatchCollector:
         return [entry.body for batch in self.batches for entry in batch.entries]
 
     @property
+    def positions(self) -> list[LogPosition]:
+        """The positions of the entries, without those of signals."""
+        return [entry.position for batch in self.batches for entry in batch.entries]
+
+    @property
     def offsets(self) -> list[int]:
-        return [entry.offset for batch in self.batches for entry in batch.entries]
+        return [position.offset for position in self.positions]
+
+    @property
+    def broken(self) -> list[BrokenPosition]:
+        return [batch.broken for batch in self.batches if batch.broken is not None]
 
     async def is_cut_off(self) -> bool:
         return not self.reader.connected
@@ -112,10 +134,15 @@ class BatchCollector:
 
 @asynccontextmanager
 async def reading(
-    url: str, start: Start = "first", *, epoch: str | None = None, idle: float = 5.0, prefetch: int = 1_000
+    url: str,
+    start: Start = "first",
+    *,
+    fallbacks: Sequence[Start] = (),
+    idle: float = 5.0,
+    prefetch: int = PREFETCH_MESSAGES,
 ) -> AsyncIterator[BatchCollector]:
     read = BatchCollector(LogReader(url, name="test", idle_seconds=idle, prefetch=prefetch))
-    task = asyncio.create_task(read.run(start, epoch))
+    task = asyncio.create_task(read.run(start, fallbacks))
     try:
         yield read
     finally:
@@ -129,13 +156,15 @@ def numbered(begin: int, end: int) -> list[bytes]:
 
 async def test_entries_come_in_order_without_the_signals_between_them(broker: Broker) -> None:
     await broker.publish(*numbered(0, 300))
-    await broker.heartbeat(EPOCH)
+    signal = await broker.heartbeat()
     await broker.publish(*numbered(300, 600), lane=Lane.BACKGROUND)
     async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 600)
         assert read.bodies == numbered(0, 600)
         assert read.offsets == sorted(set(read.offsets))
-        assert {batch.epoch for batch in read.batches} == {EPOCH}
+        heartbeats = [heartbeat for batch in read.batches for heartbeat in batch.heartbeats]
+        assert [(one.id, one.lane, one.sent_at) for one in heartbeats] == [(signal.id, "critical", signal.time)]
+        assert read.offsets[299] < heartbeats[0].offset < read.offsets[300]
         lanes = [entry.lane for batch in read.batches for entry in batch.entries]
         assert lanes == ["critical"] * 300 + ["background"] * 300
         await broker.publish(*numbered(600, 610))
@@ -156,23 +185,26 @@ async def test_caught_up_comes_with_or_after_the_last_entry_that_was_in_the_log(
         assert read.reader.caught_up and read.reader.connected
 
 
-async def test_start_at_an_offset_repeats_that_entry_and_then_continues(broker: Broker) -> None:
+async def test_start_at_a_position_continues_with_the_next_entry(broker: Broker) -> None:
     await broker.publish(*numbered(0, 20))
     async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 20)
-        offset = read.offsets[12]
-    async with reading(broker.url, offset, epoch=EPOCH) as read:
+        position, last = read.positions[12], read.batches[-1].last
+    async with reading(broker.url, position) as read:
         await read.until(lambda: read.bodies[-1:] == [b"[19]"])
-        assert read.bodies == numbered(12, 20)
-        assert not any(batch.restarted for batch in read.batches)
+        assert read.bodies == numbered(13, 20)
+        assert read.broken == []
+    # The last message is a mark, which is a position too.
+    async with reading(broker.url, last) as read:
+        await broker.publish(b"[20]")
+        await read.until(lambda: bool(read.bodies))
+        assert read.bodies == [b"[20]"] and read.broken == []
 
 
-async def test_start_at_a_time_misses_nothing_younger_and_knows_the_epoch_at_once(broker: Broker) -> None:
+async def test_start_at_a_time_misses_nothing_younger(broker: Broker) -> None:
     await broker.publish(*numbered(0, 5))
     async with reading(broker.url, now() + timedelta(seconds=60)) as read:
         await read.until(lambda: bool(read.batches))
-        # No heartbeat is younger than the start, so the epoch comes from the first heartbeat in the log.
-        assert read.batches[0].epoch == EPOCH
         await broker.publish(b"[5]")
         await read.until(lambda: read.bodies[-1:] == [b"[5]"])
     async with reading(broker.url, now() - timedelta(seconds=600)) as read:
@@ -240,64 +272,154 @@ async def test_cut_connections_lose_and_repeat_nothing(broker: Broker) -> None:
         await publishing
         await read.until(lambda: len(read.bodies) >= total, within=60)
         assert read.bodies == numbered(0, total)
-        assert not any(batch.restarted for batch in read.batches)
-        assert proxy.accepted >= 2 * cuts, (
-            "the reader did not verify the log on one connection and read it on another after each cut"
-        )
+        assert read.broken == []
+        assert proxy.accepted > cuts
 
 
-async def test_recreated_stream_is_read_from_its_first_entry_and_reported_as_restarted(broker: Broker) -> None:
+async def test_recreated_stream_is_read_from_its_first_entry_and_reported_once(broker: Broker) -> None:
     await broker.publish(*numbered(0, 50))
     async with reading(broker.url, idle=60.0) as read:
         await read.until(lambda: read.batches[-1].caught_up if read.batches else False)
-        old = len(read.batches)
+        last = read.batches[-1].last
         await broker.delete_log()
-        await broker.make_log(OTHER_EPOCH)
+        await broker.make_log()
         await broker.publish(*numbered(100, 103))
         await read.until(lambda: len(read.bodies) == 53)
-        new = read.batches[old:]
-        assert new[0].restarted and sum(batch.restarted for batch in new) == 1
-        assert {batch.epoch for batch in new} == {OTHER_EPOCH}
+        assert read.broken == [BrokenPosition("truncated", last, "first")]
         assert read.bodies[50:] == numbered(100, 103)
 
 
 async def test_longer_stream_of_the_same_name_is_not_confused_with_the_old_one(broker: Broker) -> None:
-    """The remembered offset exists in the new stream too, so only the epoch shows the difference."""
+    """The remembered offset exists in the new stream too, so only the CRC shows the difference."""
     await broker.publish(*numbered(0, 3))
     async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 3)
-        offset = read.offsets[-1]
+        position = read.positions[-1]
     await broker.delete_log()
-    await broker.make_log(OTHER_EPOCH)
+    await broker.make_log()
     await broker.publish(*numbered(100, 150))
-    async with reading(broker.url, offset, epoch=EPOCH) as read:
+    async with reading(broker.url, position) as read:
         await read.until(lambda: len(read.bodies) >= 50)
         assert read.bodies == numbered(100, 150)
-        assert read.batches[0].restarted and read.batches[0].epoch == OTHER_EPOCH
+        assert read.batches[0].broken == BrokenPosition("truncated", position, "first")
 
 
-async def test_log_that_lost_its_end_is_read_from_its_first_entry(broker: Broker) -> None:
-    """The epoch is the same, but the remembered offset does not exist any more."""
-    await broker.publish(*numbered(0, 3))
-    async with reading(broker.url, 5_000, epoch=EPOCH) as read:
+async def test_same_body_at_the_same_offset_is_not_taken_for_the_message_that_was_lost(broker: Broker) -> None:
+    """After a crash, a publisher without a confirm sends the same body again, behind entries that a reader lacks."""
+    await broker.publish(b"[0]", b"[1]", b"[2]")
+    async with reading(broker.url) as read:
         await read.until(lambda: len(read.bodies) == 3)
-        assert read.batches[0].restarted
+        position = read.positions[-1]
+    await broker.delete_log()
+    await broker.make_log()
+    for number in range(position.offset):
+        await broker.publish(b"[%d]" % (100 + number))
+    await broker.publish(b"[2]")
+    async with reading(broker.url, position) as read:
+        await read.until(lambda: read.bodies[-1:] == [b"[2]"])
+        assert read.bodies == [*numbered(100, 100 + position.offset), b"[2]"]
+        assert read.positions[-1].offset == position.offset
+
+
+async def test_position_behind_the_end_of_the_log_is_broken_although_rabbitmq_accepts_it(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 3))
+    async with reading(broker.url, LogPosition(5_000, 1)) as read:
+        await read.until(lambda: len(read.bodies) == 3)
+        assert read.batches[0].broken == BrokenPosition("truncated", LogPosition(5_000, 1), "first")
         await broker.publish(b"[3]")
         await read.until(lambda: read.bodies[-1] == b"[3]")
         assert read.bodies == numbered(0, 4)
+        assert len(read.broken) == 1
 
 
-async def test_late_heartbeat_of_an_old_epoch_changes_nothing(broker: Broker) -> None:
+async def test_reader_goes_back_to_the_newest_older_position_that_the_log_proves(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 20))
     async with reading(broker.url) as read:
+        await read.until(lambda: len(read.bodies) == 20)
+        known = read.positions
+    lost = LogPosition(known[19].offset, known[19].crc ^ 1)
+    also_lost = LogPosition(known[15].offset, known[15].crc ^ 1)
+    async with reading(broker.url, lost, fallbacks=[also_lost, known[11], known[3]]) as read:
+        await read.until(lambda: read.bodies[-1:] == [b"[19]"])
+        assert read.bodies == numbered(12, 20)
+        assert read.batches[0].broken == BrokenPosition("truncated", lost, known[11])
+        assert len(read.broken) == 1
+
+
+async def test_reader_goes_back_to_a_time_and_otherwise_to_the_first_entry(broker: Broker) -> None:
+    await broker.publish(*numbered(0, 5))
+    lost, since = LogPosition(2, 1), now() - timedelta(seconds=600)
+    async with reading(broker.url, lost, fallbacks=[LogPosition(1, 1), since]) as read:
+        await read.until(lambda: len(read.bodies) == 5)
+        assert read.batches[0].broken == BrokenPosition("truncated", lost, since)
+    async with reading(broker.url, lost, fallbacks=[LogPosition(1, 1)]) as read:
+        await read.until(lambda: len(read.bodies) == 5)
+        assert read.batches[0].broken == BrokenPosition("truncated", lost, "first")
+
+
+async def test_position_that_the_retention_has_passed_is_expired(servers: Servers) -> None:
+    broker = Broker(servers)
+    await broker.make(with_log=False)
+    small = {"x-max-length-bytes": 2_000_000, "x-stream-max-segment-size-bytes": 500_000}
+    async with await declare.connect(broker.url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue(LOG, durable=True, arguments={"x-queue-type": "stream", **small})
+    await broker.publish(b"[0]", to_log_alone=True)
+    async with reading(broker.url) as read:
+        await read.until(lambda: len(read.bodies) == 1)
+        position = read.positions[0]
+    filler = b"[%s]" % (b"1" * 50_000)
+
+    async def first_offset() -> int:
+        await broker.publish(*[filler] * 20, to_log_alone=True)
+        async with reading(broker.url) as read:
+            await read.until(lambda: bool(read.batches))
+            return read.batches[0].positions[0].offset
+
+    await eventually(first_offset, within=60, what="a first entry that is gone", until=lambda offset: offset > 0)
+    async with reading(broker.url, position) as read:
+        await read.until(lambda: bool(read.batches))
+        assert read.broken == [BrokenPosition("expired", position, "first")]
+    await asyncio.to_thread(servers.rabbitmq.delete_vhost, broker.name)
+
+
+async def test_newest_heartbeat_is_the_last_one_in_the_log_whatever_its_clock_says(broker: Broker) -> None:
+    async with reading(broker.url) as read:
+        await broker.heartbeat(sent_at=now() + timedelta(hours=5))
+        last = await broker.heartbeat()
         await broker.publish(b"[0]")
-        await broker.heartbeat(OTHER_EPOCH)
-        await broker.publish(b"[1]")
-        await broker.heartbeat(OTHER_EPOCH)
-        await broker.publish(b"[2]")
-        await read.until(lambda: read.bodies[-1:] == [b"[2]"])
-        assert read.bodies == numbered(0, 3)
-        assert {batch.epoch for batch in read.batches} == {EPOCH}
-        assert not any(batch.restarted for batch in read.batches)
+        await read.until(lambda: bool(read.bodies))
+        assert read.reader.heartbeat_at == last.time
+
+
+async def test_large_messages_wait_in_a_few_megabytes_and_arrive_in_order(broker: Broker) -> None:
+    """A slow caller gets 120 messages of 1 MiB: it holds one batch of at most 4 MiB, and few wait behind it."""
+    bodies = [b"[%d]" % number + b" " * (1 << 20) for number in range(120)]
+    publishing = asyncio.create_task(broker.publish(*bodies, to_log_alone=True))
+    reader = LogReader(broker.url, name="test", idle_seconds=5.0)
+    found: list[bytes] = []
+    async with aclosing(reader.read("first")) as batches:
+        async for batch in batches:
+            size = sum(len(entry.body) for entry in batch.entries)
+            assert size <= MAX_BATCH_BYTES or len(batch.entries) == 1
+            found += [entry.body.rstrip() for entry in batch.entries]
+            if len(found) == len(bodies):
+                break
+            waiting = [message for message in gc.get_objects() if isinstance(message, AbstractIncomingMessage)]
+            assert sum(len(message.body) for message in waiting) < 32 << 20, "the reader keeps what it cannot hand out"
+            del waiting
+            await asyncio.sleep(0.02)  # what a slow caller does, while the broker sends more
+    await publishing
+    assert found == numbered(0, 120)
+
+
+async def test_message_larger_than_a_batch_comes_alone(broker: Broker) -> None:
+    large = b"[%s]" % (b"1" * (MAX_BATCH_BYTES + 1))
+    await broker.publish(b"[0]", large, b"[1]", large, large, b"[2]", to_log_alone=True)
+    async with reading(broker.url) as read:
+        await read.until(lambda: len(read.bodies) == 6)
+        assert sorted(map(len, read.bodies)) == sorted([3, 3, 3, *[len(large)] * 3])
+        assert all(len(batch.entries) == 1 for batch in read.batches if large in [one.body for one in batch.entries])
 
 
 async def test_idle_reader_checks_its_connection_and_stays_connected(broker: Broker) -> None:
@@ -329,7 +451,7 @@ async def test_reader_waits_for_a_missing_stream(servers: Servers) -> None:
     await broker.make(with_log=False)
     async with reading(broker.url) as read:
         assert await read.is_cut_off()
-        await broker.make_log(EPOCH)
+        await broker.make_log()
         await broker.publish(b"[0]")
         await read.until(lambda: read.bodies == [b"[0]"])
     await asyncio.to_thread(servers.rabbitmq.delete_vhost, broker.name)

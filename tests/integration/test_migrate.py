@@ -12,7 +12,6 @@ from structlog.testing import capture_logs
 from deploy.local import layout
 from shared.entities.contract import Lane
 from shared.messaging import declare, topology
-from shared.messaging.log import LogReader
 from shared.postgres import migrate
 from tests.rigs.servers import Servers
 from tests.rigs.system import System, eventually, settings_of
@@ -74,27 +73,13 @@ async def test_older_dead_letter_queues_are_kept_and_new_ones_never_drop_a_dead_
             await (await connection.channel()).declare_queue(name, durable=True, arguments=arguments)
 
 
-async def test_new_log_gets_a_new_epoch_and_an_existing_log_keeps_its_epoch(empty: System) -> None:
-    async def epoch() -> str:
-        return (await empty.cli("migrate")).rpartition("epoch ")[2].strip()
-
-    first = await epoch()
-    assert await epoch() == first
+async def test_missing_log_is_created_again_and_an_existing_one_is_kept(empty: System) -> None:
+    assert "change log created" in await empty.cli("migrate")
+    assert "topology: up to date" in await empty.cli("migrate")
     async with await declare.connect(empty.rabbitmq_url) as connection:
         channel = await connection.channel()
         await channel.queue_delete(topology.LOG)
-    second = await epoch()
-    assert second != first
-    for stream in (topology.LOG, topology.REFERENCE_LOG):
-        reader = LogReader(empty.rabbitmq_url, name="test", idle_seconds=5.0, stream=stream)
-        assert await reader.first_epoch() == second, stream
-
-
-async def test_database_without_the_epoch_reads_it_from_the_log(empty: System) -> None:
-    first = (await empty.cli("migrate")).rpartition("epoch ")[2]
-    async with empty.database("ticketrail_owner") as connection:
-        await connection.execute("delete from log_epochs")
-    assert (await empty.cli("migrate")).rpartition("epoch ")[2] == first
+    assert "change log created" in await empty.cli("migrate")
 
 
 async def test_migration_that_changed_after_it_was_applied_is_refused(

@@ -13,10 +13,11 @@ from msgspec import structs
 
 from shared.entities.contract import Head, Outline, encode, outline
 from shared.entities.order import ENTITY as ORDER
+from shared.messaging.position import LogPosition
 from shared.mirror import keys
 from shared.mirror.claim_replies import Claimed, Cold, HeadMoved, Stale
 from shared.mirror.identity import MirrorIdentity, mirror_identity
-from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.mirror.mirror import NOTHING_APPLIED, Apply, Mirror
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 from tests.rigs import builders
 from tests.rigs.mirror import answers, head_of, state
@@ -35,6 +36,7 @@ def redis(servers: Servers) -> Redis:
 
 @pytest.fixture
 async def mirror(redis: Redis) -> AsyncIterator[Mirror]:
+    await redis.command("DEL", keys.LOG, keys.WARM)
     mirror = Mirror(redis.url, timeout=5.0, stale_seconds=0.0)
     yield mirror
     await mirror.close()
@@ -104,15 +106,13 @@ async def test_mirror_lacks_states_that_left_the_window_or_kept_their_claim(mirr
 
 async def test_states_that_one_mirror_lacks_are_not_applied_to_a_cold_one(mirror: Mirror, redis: Redis) -> None:
     restaurant = builders.new_id()
-    await warmed(mirror)
-    at = await mirror.log_state()
-    assert at is not None
+    at = await warmed(mirror)
     one = state(1, id_=builders.new_id(), restaurant=restaurant)
-    note = LogState(at.epoch, at.offset + 1)
+    note = LogPosition(at.offset + 1, 7)
     # Like a promoted replica, the mirror now has the log state but no stamp.
     await redis.command("DEL", keys.WARM)
     assert await mirror.apply([one], at=at, note=note, only_warm=True) is None
-    assert await mirror.log_state() == at
+    assert await mirror.log_position() == at
     assert await mirror.apply([one], at=at, note=note) == []
 
 
@@ -125,29 +125,39 @@ async def test_late_state_of_a_missing_document_is_reported_and_not_written(mirr
     assert await head_of(mirror, restaurant, there) == late[1].head
 
 
+def at_offset(offset: int, crc: int = 1) -> LogPosition:
+    return LogPosition(offset, crc)
+
+
+async def begun(mirror: Mirror, at: LogPosition) -> None:
+    """Begins to fill a mirror that has applied the log up to `at`, the position that a mirror writer has then."""
+    await mirror.begin_log()
+    assert await mirror.apply([], at=NOTHING_APPLIED, note=at) == []
+
+
 async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
-    await mirror.begin_log(LogState("epoch", 7))
+    await begun(mirror, at_offset(7))
     one = state(1, id_=id_, restaurant=restaurant)
-    assert await mirror.apply([one], at=LogState("epoch", 8), note=LogState("epoch", 9)) is None
-    assert await mirror.apply([one], at=LogState("other", 7), note=LogState("other", 8)) is None
+    assert await mirror.apply([one], at=at_offset(8), note=at_offset(9)) is None
+    assert await mirror.apply([one], at=at_offset(7, crc=2), note=at_offset(8)) is None
     assert await head_of(mirror, restaurant, id_) is None
-    assert await mirror.apply([one], at=LogState("epoch", 7), note=LogState("epoch", 8)) == []
-    assert await mirror.log_state() == LogState("epoch", 8)
+    assert await mirror.apply([one], at=at_offset(7), note=at_offset(8)) == []
+    assert await mirror.log_position() == at_offset(8)
 
 
 async def test_states_for_another_server_are_refused(mirror: Mirror, redis: Redis) -> None:
-    """While a mirror is filled from PostgreSQL, its log state stays the same, so that the log state does not tell the
+    """While a mirror is filled from PostgreSQL, its position stays the same, so that the position does not tell the
     server from a replica that was promoted before it had all states."""
-    restaurant, id_, start = builders.new_id(), builders.new_id(), LogState(builders.new_id(), -1)
-    await mirror.begin_log(start)
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    await mirror.begin_log()
     server, _ = await mirror.server()
     one, two = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
-    assert await mirror.apply([one], at=start, server=server) == []
+    assert await mirror.apply([one], at=NOTHING_APPLIED, server=server) == []
     await fail_over_and_back(redis)
-    assert await mirror.apply([two], at=start, server=server) is None
+    assert await mirror.apply([two], at=NOTHING_APPLIED, server=server) is None
     assert await head_of(mirror, restaurant, id_) == one.head
-    assert not await mirror.warm(start, server, MirrorIdentity(1, "", ""))
+    assert not await mirror.warm(NOTHING_APPLIED, server, MirrorIdentity(1, "", ""))
     assert not await mirror.is_warm()
 
 
@@ -221,17 +231,20 @@ async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mi
     assert await mirror.pending_ids(restaurant, "order") == [slow.entity_id]
 
 
-async def warmed(mirror: Mirror, identity: int = 1) -> LogState:
-    """Makes the mirror warm, at the start of another log."""
-    at = LogState(builders.new_id(), 0)
-    await mirror.begin_log(at)
+async def warmed(mirror: Mirror, identity: int = 1) -> LogPosition:
+    """Makes the mirror warm. If it was warm, it first gets cold, as one that has lost what was applied."""
+    assert await mirror.apply([], at=at_offset(10**9)) is None
+    if (position := await mirror.log_position()) is not None:
+        assert await mirror.go_back(position, NOTHING_APPLIED)
+    await begun(mirror, at_offset(0))
     assert not await mirror.is_warm()
     server, _ = await mirror.server()
     named = mirror_identity(identity, builders.CREATED_AT)
-    assert not await mirror.warm(LogState(at.epoch, 1), server, named)  # the log state has changed since it was filled
-    assert await mirror.warm(at, server, named)
+    assert not await mirror.warm(at_offset(1), server, named)  # the position has changed since the mirror was filled
+    assert not await mirror.warm(at_offset(0, crc=2), server, named)
+    assert await mirror.warm(at_offset(0), server, named)
     assert await mirror.is_warm()
-    return at
+    return at_offset(0)
 
 
 async def claimed(mirror: Mirror, restaurant: str, series: str | None = DAY) -> Any:
@@ -296,7 +309,7 @@ async def test_mirror_that_lost_a_part_of_the_log_is_cold_and_drops_its_claims(m
     left = builders.change(builders.order(items=0, restaurant_id=restaurant, order_number=""))
     assert await mirror.claim(ORDER, left, encode(left), None, DAY) == Claimed("0001")
     copy = [(key, await redis.command("DUMP", key)) for key in (keys.WARM, keys.LOG)]
-    later = LogState(at.epoch, at.offset + 1)
+    later = at_offset(at.offset + 1)
     assert await mirror.apply([], at=at, note=later) == []
     for key, value in copy:
         await redis.command("RESTORE", key, 0, value, "REPLACE")
@@ -391,14 +404,38 @@ async def test_claim_on_another_base_than_the_head_gets_the_head(mirror: Mirror)
         assert reply == HeadMoved(one.head, one.encoded)
 
 
-async def test_log_state_only_moves_forward_when_two_writers_write_it(mirror: Mirror) -> None:
-    epoch = builders.new_id()
-    await mirror.begin_log(LogState(epoch, 5))
-    assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 9)) == []
-    assert await mirror.apply([], at=LogState(epoch, 5), note=LogState(epoch, 7)) == []
-    assert await mirror.log_state() == LogState(epoch, 9)
-    await mirror.begin_log(LogState(epoch, -1))  # the other writer finds the same log, so it does not start again
-    assert await mirror.log_state() == LogState(epoch, 9)
+async def test_position_only_moves_forward_when_two_writers_write_it(mirror: Mirror) -> None:
+    await begun(mirror, at_offset(5))
+    assert await mirror.apply([], at=at_offset(5), note=at_offset(9)) == []
+    assert await mirror.apply([], at=at_offset(5), note=at_offset(7)) == []
+    assert await mirror.log_position() == at_offset(9)
+    await mirror.begin_log()  # the other writer finds a position, so it does not start again
+    assert await mirror.log_position() == at_offset(9)
+
+
+async def test_broken_position_moves_back_only_if_the_mirror_still_has_it(mirror: Mirror) -> None:
+    await warmed(mirror)
+    assert await mirror.apply([], at=at_offset(0), note=at_offset(9)) == []
+    assert not await mirror.go_back(at_offset(7), NOTHING_APPLIED)
+    assert not await mirror.go_back(at_offset(9, crc=2), NOTHING_APPLIED)
+    assert await mirror.log_position() == at_offset(9)
+    assert await mirror.go_back(at_offset(9), at_offset(4))
+    assert await mirror.log_position() == at_offset(4)
+    assert await mirror.apply([], at=at_offset(9), note=at_offset(10)) is None, "a writer with the old position goes on"
+    assert await mirror.is_warm(), "the other writer took the mirror for one that has lost data"
+    assert await mirror.apply([], at=at_offset(4), note=at_offset(10)) == []
+
+
+async def test_mirror_that_lost_data_after_it_went_back_becomes_cold(mirror: Mirror, redis: Redis) -> None:
+    await warmed(mirror)
+    assert await mirror.apply([], at=at_offset(0), note=at_offset(9)) == []
+    assert await mirror.go_back(at_offset(9), at_offset(4))
+    copy = await redis.command("HGETALL", keys.LOG)
+    assert await mirror.apply([], at=at_offset(4), note=at_offset(10)) == []
+    assert await redis.command("HEXISTS", keys.LOG, "broken") == 0
+    await redis.command("HSET", keys.LOG, *(part for pair in copy.items() for part in pair))
+    assert await mirror.apply([], at=at_offset(10)) is None
+    assert not await mirror.is_warm()
 
 
 async def test_keyed_creation_outside_the_window_is_remembered_without_its_state(mirror: Mirror) -> None:

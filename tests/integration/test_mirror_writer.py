@@ -7,9 +7,9 @@ import pytest
 
 from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.entities.contract import Change, Outline, encode
-from shared.messaging import topology
+from shared.messaging import declare, topology
 from shared.mirror import keys
-from shared.mirror.mirror import Apply, Document
+from shared.mirror.mirror import NOTHING_APPLIED, Apply, Document
 from shared.observability.metrics import Metrics, WriterMetrics
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -208,3 +208,94 @@ async def test_unreadable_entry_is_dead_lettered_and_the_writer_continues(mirror
         await dead.ack()
     assert dead.headers["ticketrail-reason"] == reason
     assert dead.body == body
+
+
+# -- a log that has lost its end -------------------------------------------------------------------------------------
+
+
+async def replace_log(rig: Rig, *changes: Change) -> None:
+    """Makes the change log again with other entries: the given changes, each in a message of its own."""
+    async with await declare.connect(rig.settings.rabbitmq_url) as connection:
+        await (await connection.channel()).queue_delete(topology.LOG)
+        await declare.declare_logs(connection, rig.settings)
+    for made in changes:
+        await rig.publish(made)
+
+
+async def test_log_that_lost_its_end_is_read_again_while_the_mirror_stays_warm(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    lost = [change(order(items=1)) for _ in range(5)]
+    for one in lost:
+        await mirrored.rig.publish(one)
+    await mirrored.shown(lost[-1])
+    new = [change(order(items=1)) for _ in range(8)]  # the offset of the mirror exists in the new log too
+    await replace_log(mirrored.rig, *new)
+    for one in new:
+        await mirrored.shown(one)
+        assert await mirrored.mirror.is_warm(), "the mirror became cold, so that changes would have been refused"
+    assert all([await mirrored.document(one) for one in lost]), "the mirror lost what it had"
+    assert mirrored.writer.warm
+
+
+async def test_mirror_writer_that_starts_on_a_log_without_its_position_goes_back(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    await mirrored.rig.publish(first := change(order(items=1)))
+    await mirrored.shown(first)
+    await mirrored.writer.stop()
+    new = [change(order(items=1)) for _ in range(8)]
+    await replace_log(mirrored.rig, *new)
+    mirrored.writer.start()
+    for one in new:
+        await mirrored.shown(one)
+    assert await mirrored.mirror.is_warm()
+
+
+async def test_mirror_writer_that_ended_after_it_went_back_continues_there(mirrored: MirrorRig) -> None:
+    await mirrored.rig.publish(first := change(order(items=1)))
+    await mirrored.shown(first)
+    await mirrored.writer.stop()
+    found = await mirrored.mirror.log_position()
+    assert found is not None and await mirrored.mirror.go_back(found, NOTHING_APPLIED)
+    new = [change(order(items=1)) for _ in range(3)]
+    await replace_log(mirrored.rig, *new)
+    mirrored.writer.start()
+    for one in new:
+        await mirrored.shown(one)
+        assert await mirrored.mirror.is_warm(), "the mirror was filled again"
+
+
+async def test_cold_mirror_whose_position_is_lost_is_filled_from_postgres(mirrored: MirrorRig, redis: Redis) -> None:
+    """After a power cut, the log and the mirror have both lost a change that PostgreSQL has from its lane."""
+    rig = mirrored.rig
+    await rig.publish(first := change(order(items=1)))
+    await mirrored.shown(first)
+    await mirrored.writer.stop()
+    await rig.writer.start()
+    await rig.publish(lost := change(order(items=1)))
+    await rig.written(lost)
+    await redis.command("DEL", keys.WARM, keys.doc(RESTAURANT, "order", lost.entity_id))
+    await replace_log(rig, *(change(order(items=1)) for _ in range(8)))
+    mirrored.writer.start()
+    await mirrored.shown(lost)
+    await mirrored.warm()
+
+
+async def test_position_that_another_mirror_writer_moved_is_not_moved_back(mirrored: MirrorRig) -> None:
+    """Two workers read a log that has lost its end. The slower one must not undo what the faster one has read."""
+    rig = mirrored.rig
+    await rig.publish(first := change(order(items=1)))
+    await mirrored.shown(first)
+    other = MirrorWriter(
+        rig.settings, rig.postgres, rig.mirror, rig.publisher, rig.watch, rig.tracer, WriterMetrics(Metrics())
+    )
+    other.start()
+    new = [change(order(items=1)) for _ in range(8)]
+    await replace_log(rig, *new)
+    for one in new:
+        await mirrored.shown(one)
+    await rig.publish(last := change(order(items=1)))
+    await mirrored.shown(last)
+    assert await mirrored.mirror.is_warm()
+    await other.stop()

@@ -153,7 +153,7 @@ async def test_undecodable_dead_letter_dies_again_and_its_job_fails(refusing_rig
 
 async def test_dead_letter_of_a_signal_is_resolved_by_a_replay(make_rig: MakeRig) -> None:
     rig = await make_rig()
-    heartbeat = Signal(id=change(order()).id, type=HEARTBEAT, time=now(), lane="critical", epoch="x")
+    heartbeat = Signal(id=change(order()).id, type=HEARTBEAT, time=now(), lane="critical")
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), encode_signal(heartbeat))
     rig.collector.start()
     await rig.dead_letters(1)

@@ -19,12 +19,12 @@ from shared.entities.menu_item import Consumption
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order, OrderItem, OrderStatus
 from shared.mirror.claim_replies import Claimed, HeadMoved, Stale, StockShort
+from shared.mirror.mirror import NOTHING_APPLIED
 from shared.postgres import states
 from tests.rigs import builders
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.rail.changes import State, draft
 from tests.rigs.rail.clock import Clock
-from tests.rigs.rail.mirror_server import FRESH
 from tests.rigs.rail.sinks import PostgresTables, mirror_writer, read_again
 from tests.rigs.servers import Servers
 from tests.rigs.stock import StockRig
@@ -51,7 +51,7 @@ class RandomStock(StockRig):
         self.tables = PostgresTables(self.pool, self.mirror)
         self.writer = mirror_writer(settings, self.mirror, postgres=self.pool, clock=self.clock.now)
         self.reconciler = Reconciler(settings, self.pool, self.mirror, self.rail)
-        self.state = FRESH
+        self.state = NOTHING_APPLIED
 
     async def open(self) -> None:
         await self.empty_mirror()
@@ -163,7 +163,7 @@ class RandomStock(StockRig):
         await self.write()
         await self.empty_mirror()
         server, _ = await self.mirror.server()
-        self.state = (await self.writer.warm_up.fill(server, time.monotonic())).state
+        self.state = (await self.writer.warm_up.fill(server, time.monotonic())).position
         await self.read_log(self.shuffled())
         await self.server.warm(self.state)
         await self.assert_stock_matches_heads()

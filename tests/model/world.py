@@ -214,7 +214,7 @@ class World:
         """Somebody restores the snapshot into the server, and the mirror writer checks its position before anything
         else happens (until then, a fork is possible and detected). Returns False if the writer has applied nothing
         since the snapshot, because it cannot notice the restore then."""
-        applied = self.run(self.mirror.log_state())
+        applied = self.run(self.mirror.log_position())
         if self.snapshot is None or applied is None or applied.offset <= self.snapshot_offset:
             return False
         self.run(self.server.restore(self.snapshot))
@@ -230,20 +230,20 @@ class World:
 
     def take_snapshot(self) -> None:
         self.snapshot = self.run(self.server.copy())
-        state = self.run(self.mirror.log_state())
-        self.snapshot_offset = state.offset if state is not None else -1
+        position = self.run(self.mirror.log_position())
+        self.snapshot_offset = position.offset if position is not None else -1
 
     async def follow(self, count: int) -> None:
         """Reads on from the mirror's offset, as the mirror writer does; fills an empty mirror from PostgreSQL first."""
-        state = await self.mirror.log_state() or await self.postgres.fill(self.mirror)
-        await read_log(self._writer, self.broker.log, state, count)
+        at = await self.mirror.log_position() or await self.postgres.fill(self.mirror)
+        await read_log(self._writer, self.broker.log, at, count)
 
     async def stamp(self) -> None:
         """Reads the log to its end and makes the mirror warm."""
         await self.follow(len(self.broker.log))
-        state = await self.mirror.log_state()
-        assert state is not None
-        await self.server.warm(state, mirror_identity(self.life, builders.CREATED_AT))
+        at = await self.mirror.log_position()
+        assert at is not None
+        await self.server.warm(at, mirror_identity(self.life, builders.CREATED_AT))
         self.warm = True
         self.in_log_when_warm[self.life] = set(self.broker.recorded())
 

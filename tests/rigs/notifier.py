@@ -28,7 +28,6 @@ from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
 SECRET = "a-secret-for-tests-that-is-long-enough"
-EPOCH, OTHER_EPOCH = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 TOPOLOGY = Settings(change_log_segment_bytes=1_000_000)
 TOKENS = Tokens(SECRET, ttl_seconds=3600)
 
@@ -111,7 +110,7 @@ class NotifierRig:
         async with await declare.connect(self.url) as connection:
             await declare.declare(connection, TOPOLOGY)
             if with_log:
-                await declare.declare_logs(connection, TOPOLOGY, EPOCH)
+                await declare.declare_logs(connection, TOPOLOGY)
 
     async def clean(self) -> None:
         await asyncio.gather(*(asyncio.to_thread(notifier.child.kill) for notifier in self.notifiers))
@@ -124,9 +123,10 @@ class NotifierRig:
             channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
             exchange = await channel.get_exchange(CHANGES, ensure=False)
 
-            async def publish(*bodies: bytes) -> None:
+            async def publish(*bodies: bytes, message_id: str = "") -> None:
                 for body in bodies:
-                    await exchange.publish(aio_pika.Message(body, message_id=uuid4().hex), lane.value, timeout=10)
+                    sent = aio_pika.Message(body, message_id=message_id or uuid4().hex)
+                    await exchange.publish(sent, lane.value, timeout=10)
 
             yield publish
 
@@ -138,15 +138,13 @@ class NotifierRig:
         """Publishes each change in its own message."""
         await self.send(*(message(change) for change in changes))
 
-    async def heartbeat(self, epoch: str = EPOCH) -> None:
-        await self.send(
-            encode_signal(Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), epoch=epoch, lane="critical"))
-        )
+    async def heartbeat(self) -> None:
+        await self.send(encode_signal(Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), lane="critical")))
 
     async def recreate_log(self) -> None:
         async with await declare.connect(self.url) as connection:
             await (await connection.channel()).queue_delete(LOG)
-            await declare.declare_logs(connection, TOPOLOGY, OTHER_EPOCH)
+            await declare.declare_logs(connection, TOPOLOGY)
 
     async def notifier(self, *, wait: bool = True, **settings: object) -> "Notifier":
         notifier = Notifier(self, find_free(1)[0], settings)

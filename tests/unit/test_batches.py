@@ -49,9 +49,7 @@ def test_an_unreadable_change_fails_alone() -> None:
 
 
 def test_a_heartbeat_counts_only_in_its_own_lane() -> None:
-    heartbeats = [
-        Signal(id=new_id(), type=HEARTBEAT, time=now(), lane=lane, epoch="e") for lane in ("critical", "normal")
-    ]
+    heartbeats = [Signal(id=new_id(), type=HEARTBEAT, time=now(), lane=lane) for lane in ("critical", "normal")]
     batch = parse_batch(Lane.CRITICAL, [Sent(encode_signal(heartbeat)) for heartbeat in heartbeats])
     assert batch.heartbeats == heartbeats[:1]
     assert not batch.failed and not batch.changes

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from msgspec import Raw, structs
 
-from services.notifier.cursor import Cursor, Position
+from services.notifier.cursor import Cursor
 from services.notifier.events import EVERY_KIND, KINDS, PushEvent, PushKind, push_event
 from services.notifier.interest import Interest, interest_of
 from services.notifier.transports.sse import FORM
@@ -18,7 +18,7 @@ from shared.errors import Forbidden, InvalidInput
 from shared.security.tokens import Identity, Role
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
 
-AT = Position(7, 2)
+AT = Cursor(7, 0xE, 2)
 
 
 def pushed(change: Change) -> PushEvent:
@@ -68,7 +68,7 @@ def test_the_payload_is_the_whole_state_with_order_id_time_and_version() -> None
         "traceId": "0af7651916cd43dd8448eb211c80319c",
     }
     assert (event.tenant, event.order_id, event.session_id) == (RESTAURANT, state.id, "table-7")
-    assert (event.position, event.change_id) == (AT, made.id)
+    assert (event.cursor, event.change_id) == (AT, made.id)
 
 
 def test_a_stage_change_has_both_stages_and_the_event_name_of_the_subscription() -> None:
@@ -110,9 +110,9 @@ def test_the_data_of_an_event_is_one_line_whatever_white_space_the_change_has() 
     state = json.dumps(json.loads(bytes(made.data.after)), indent=2).replace("\n", "\r\n").encode()
     spaced = structs.replace(made, data=ChangeData(after=Raw(state)))
     event = pushed(spaced)
-    frame = FORM.event(event, Cursor("e", AT), False)
+    frame = FORM.event(event, False)
     assert frame.count(b"\n") == 4 and b"\r" not in frame
-    assert frame.startswith(b"id: e-7-2\nevent: order_created\ndata: {") and frame.endswith(b"}\n\n")
+    assert frame.startswith(b"id: 7-0000000e-2\nevent: order_created\ndata: {") and frame.endswith(b"}\n\n")
     assert payload(event)["data"]["notes"] == "two\nlines\r\n\u2028"
 
 

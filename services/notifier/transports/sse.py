@@ -36,10 +36,10 @@ _HEADERS = [
 ]
 
 
-def _event(event: PushEvent, cursor: Cursor, of_one_order: bool) -> bytes:
+def _event(event: PushEvent, of_one_order: bool) -> bytes:
     name = event.name(of_one_order=of_one_order)
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (
-        str(cursor).encode(),
+        str(event.cursor).encode(),
         name.encode(),
         event.payload(of_one_order=of_one_order),
     )
@@ -85,7 +85,7 @@ class StreamEvent(Struct):
         Meta(
             pattern=f"^{PATTERN}$",
             description="the cursor, for Last-Event-ID",
-            examples=["48b877455f36-911-0"],
+            examples=["911-48b87745-0"],
         ),
     ]
     event: Annotated[str, Meta(extra_json_schema={"enum": ["connected", "resync", *KINDS]})]
@@ -93,7 +93,7 @@ class StreamEvent(Struct):
         str,
         Meta(
             extra_json_schema={"contentMediaType": "application/json"},
-            examples=['{"restaurantId":"7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11","cursor":"48b877455f36-911-0"}'],
+            examples=['{"restaurantId":"7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11","cursor":"911-48b87745-0"}'],
         ),
     ]
 
@@ -120,8 +120,8 @@ async def events(request: Call) -> ASGIApp:
     cursor = _cursor(request.header(b"last-event-id"), query.get("lastEventId"))
     if not follower.serving:
         raise Unavailable("the recent changes are still being loaded", code="not_caught_up")
-    if cursor is not None and cursor.epoch == hub.window.epoch:
-        await hub.reached(cursor.position, within=_AHEAD_TIMEOUT_SECONDS)
+    if cursor is not None:
+        await hub.reached(cursor, within=_AHEAD_TIMEOUT_SECONDS)
     return _Stream(hub, interest, cursor)
 
 
@@ -142,7 +142,7 @@ class _Stream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         subscriber = self._hub.subscribe(self._interest, FORM, self._cursor)
-        cursor = self._cursor or self._hub.window.cursor
+        cursor = self._cursor or self._hub.window.present
         subscriber.task = asyncio.current_task()
         disconnect_watch = _DisconnectWatch(receive, self._hub, subscriber)
         disconnect_watch.watch()

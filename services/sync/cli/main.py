@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-import asyncpg
 import click
 from aio_pika.abc import AbstractConnection
 from rich.live import Live
@@ -33,18 +32,14 @@ from services.sync.maintenance import from_log_commands
 from services.sync.mirror import commands as mirror_commands
 from shared.entities.contract import encode
 from shared.messaging import asyncapi, declare
-from shared.messaging.log import LogReader
 from shared.messaging.management import make_watcher
 from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
-from shared.postgres.migrate import current_epoch, migrate
+from shared.postgres.migrate import migrate
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from shared.settings_loading import SettingsError
 from shared.version import VERSION
 
-_NOTE_EPOCH = "insert into log_epochs (epoch) values ($1) on conflict (epoch) do nothing"
-
-_TOPOLOGY_LOCK = 0x71636B75  # differs from the lock of the migrations
 _BROKER_READY_SECONDS = 60.0
 _MANAGEMENT_READY_SECONDS = 10.0
 
@@ -85,10 +80,10 @@ async def migrate_servers(settings: Settings) -> None:
     repeated."""
     applied = await migrate(settings)
     click.echo(f"schema: {', '.join(applied) if applied else 'up to date'}")
-    created, epoch = await when_ready(
+    created = await when_ready(
         settings.rabbitmq_url, lambda broker: _declare_topology(broker, settings), within=_BROKER_READY_SECONDS
     )
-    click.echo(f"topology: {'change log created, ' if created else 'up to date, '}epoch {epoch}")
+    click.echo(f"topology: {'change log created' if created else 'up to date'}")
     if settings.rabbitmq_management_url:
         try:
             await until_ready(
@@ -102,31 +97,12 @@ async def migrate_servers(settings: Settings) -> None:
             click.echo(f"{error}: its read-only user was not created", err=True)
 
 
-async def _declare_topology(broker: AbstractConnection, settings: Settings) -> tuple[bool, str]:
-    """Declares the exchange, the queues and the change log. Returns (whether the log was created, its epoch)."""
+async def _declare_topology(broker: AbstractConnection, settings: Settings) -> bool:
+    """Declares the exchange, the queues and the logs. Returns whether the change log was created."""
     await declare.declare(broker, settings)
-    database = await asyncpg.connect(settings.database_writer_url, timeout=settings.database_timeout_seconds)
-    try:
-        # The lock is held until the connection closes, so that the second of two concurrent migrations finds the log
-        # of the first one.
-        await database.execute("select pg_advisory_lock($1)", _TOPOLOGY_LOCK)
-        created = not await declare.log_exists(broker)
-        epoch = await current_epoch(database)
-        if not created:
-            # Readers identify the log by the epoch in its heartbeats. A new or restored database may lack that epoch,
-            # so the first heartbeat in the log decides.
-            carried = await LogReader(settings.rabbitmq_url, name="migrate", idle_seconds=5.0).first_epoch()
-            if carried is not None and carried != epoch:
-                epoch = carried
-                await database.execute(_NOTE_EPOCH, epoch)
-        if epoch is None or created:
-            # Store the epoch before the stream exists, because no heartbeat in the stream may carry an earlier epoch.
-            epoch = uuid4().hex[:12]
-            await database.execute(_NOTE_EPOCH, epoch)
-        await declare.declare_logs(broker, settings, epoch)
-    finally:
-        await database.close()
-    return created, epoch
+    created = not await declare.log_exists(broker)
+    await declare.declare_logs(broker, settings)
+    return created
 
 
 @main.command("seed")

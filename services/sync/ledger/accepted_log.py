@@ -1,8 +1,8 @@
 """Reads the accepted changes from the change log: each change once, and the first heartbeat after it.
 
 `AcceptedLog` reads in the background between `start` and `stop`. `settle` removes the changes that PostgreSQL has, and
-keeps only their number. If the log is created again, `AcceptedLog` reads it from the beginning and sets `restarted`.
-While RabbitMQ is unavailable, it waits.
+keeps only their number. If the log loses its end, or is created again, `AcceptedLog` reads it again from its start and
+sets `restarted`. While RabbitMQ is unavailable, it waits.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from services.sync.ledger import sources
 from services.sync.ledger.balance import AcceptedChange, is_id
 from shared.entities.contract import BrokenContract, Lane, PartialEvent, split_batch
 from shared.errors import Unavailable
-from shared.messaging.log import LogBatch, LogReader
+from shared.messaging.log import LogBatch, LogReader, Start
 from shared.observability.tracing import trace_id_of
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
@@ -60,10 +60,6 @@ class AcceptedLog:
         """Id of an open change -> sending time of the first heartbeat after it in its lane."""
         self.unreadable = 0
 
-    @property
-    def epoch(self) -> str | None:
-        return self._reader.epoch
-
     def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._follow(), name="ledger-log")
@@ -100,7 +96,12 @@ class AcceptedLog:
         return _packed(change_id) in self._seen
 
     async def _follow(self) -> None:
-        async with aclosing(self._reader.read(self._since or "first")) as batches:
+        start: Start = self._since or "first"
+
+        async def from_the_start() -> Sequence[Start]:
+            return (start,)
+
+        async with aclosing(self._reader.read(start, fallbacks=from_the_start)) as batches:
             async for batch in batches:
                 self._take(batch)
                 if not self._caught_up and len(self.open) > _MAX_OPEN:
@@ -110,14 +111,15 @@ class AcceptedLog:
                 self._news.set()
 
     def _take(self, batch: LogBatch) -> None:
-        if batch.restarted:
+        if batch.broken:
             self._restart()
             self.restarted = True
         after_heartbeat: dict[str, list[str]] = {lane: [] for lane in self._before_heartbeat}
+        last_heartbeats = {heartbeat.lane: heartbeat for heartbeat in batch.heartbeats}
         for entry in batch.entries:
             before_heartbeat = (
                 self._before_heartbeat
-                if entry.offset < batch.heartbeat_offsets.get(entry.lane, -1)
+                if entry.lane in last_heartbeats and entry.offset < last_heartbeats[entry.lane].offset
                 else after_heartbeat
             )
             for change in self._read(entry.lane, entry.body):
@@ -125,9 +127,11 @@ class AcceptedLog:
                     self._seen.add(_packed(change.change_id))
                     self.open[change.change_id] = change
                     before_heartbeat.setdefault(change.lane, []).append(change.change_id)
-        for lane, sent_at in batch.heartbeats.items():
+        for lane, heartbeat in last_heartbeats.items():
             self.next_heartbeat.update(
-                (change_id, sent_at) for change_id in self._before_heartbeat.get(lane, ()) if change_id in self.open
+                (change_id, heartbeat.sent_at)
+                for change_id in self._before_heartbeat.get(lane, ())
+                if change_id in self.open
             )
             self._before_heartbeat[lane] = []
         for lane, ids in after_heartbeat.items():

@@ -78,7 +78,6 @@ class Balance(Count, kw_only=True):
     until: datetime | None
     """The sending time of the newest heartbeat that has come out of every lane; None if a lane had no heartbeat. Only
     changes that were accepted before it can be unexplained."""
-    epoch: str | None
     restaurants: list[RestaurantCount]
     missing: list[Missing]
     """The unexplained changes, oldest first."""
@@ -97,7 +96,8 @@ class Balance(Count, kw_only=True):
     unavailable: list[str]
     """The sources that were unavailable: management, rabbitmq, postgres, mirror, or the name of a journal."""
     restarted: bool
-    """True if the log was created again during the balance. The counts then cover only the changes in the new log."""
+    """True if the log lost its end, or was created again, during the balance. The counts then cover only the changes
+    that the log still has."""
 
 
 class Placement(Struct):

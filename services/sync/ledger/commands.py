@@ -165,7 +165,7 @@ def _drawn(balance: Balance) -> Group:
     if balance.unavailable:
         lines.append(Text(f"unavailable: {', '.join(balance.unavailable)}", "yellow"))
     if balance.restarted:
-        lines.append(Text("the change log was created again; only later changes are counted", "yellow"))
+        lines.append(Text("the change log lost its end; only the changes that it still has are counted", "yellow"))
     return Group(table, *lines)
 
 

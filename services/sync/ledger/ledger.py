@@ -42,7 +42,6 @@ from services.sync.ledger.balance import (
     missing_of,
 )
 from services.sync.ledger.sources import Depths, Journals
-from services.sync.ledger.store import LastHeartbeat
 from shared.entities.contract import Lane
 from shared.errors import Unavailable
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
@@ -158,12 +157,11 @@ class Ledger:
         lost = placement.places["unexplained"]
         successors = await sources.successors(self._ops, lost)
         hints, unavailable = await self._hints()
-        last_heartbeats = [heartbeats[lane.value].sent_at for lane in Lane if lane.value in heartbeats]
+        last_heartbeats = [heartbeats[lane.value] for lane in Lane if lane.value in heartbeats]
         return Balance(
             **{name: getattr(total, name) for name in ("accepted", *PLACES)},
             since=self._since,
             until=min(last_heartbeats) if len(last_heartbeats) == len(Lane) else None,
-            epoch=self._log.epoch,
             restaurants=restaurants,
             missing=[missing_of(change, successors.get(change.change_id)) for change in reversed(lost)],
             suspects=undecided,
@@ -176,7 +174,7 @@ class Ledger:
         )
 
     async def _sort(
-        self, unsettled: list[AcceptedChange], journals: Journals, heartbeats: dict[str, LastHeartbeat]
+        self, unsettled: list[AcceptedChange], journals: Journals, heartbeats: dict[str, datetime]
     ) -> tuple[Placement, dict[str, int]]:
         """Sorts the changes that are not in PostgreSQL. Returns (changes by place, number of dead changes by
         status)."""
@@ -198,13 +196,13 @@ class Ledger:
                 placement.suspects.append(change)
         return placement, outcomes
 
-    def _heartbeat_age(self, change: AcceptedChange, heartbeats: dict[str, LastHeartbeat]) -> timedelta | None:
+    def _heartbeat_age(self, change: AcceptedChange, heartbeats: dict[str, datetime]) -> timedelta | None:
         """Compares the first heartbeat after the change with the last heartbeat that came out of its lane. Returns how
         much later the last one was sent; None if the first one has not come out yet."""
         first, last = self._log.next_heartbeat.get(change.change_id), heartbeats.get(change.lane)
-        return last.sent_at - first if first is not None and last is not None and last.sent_at >= first else None
+        return last - first if first is not None and last is not None and last >= first else None
 
-    def _left_its_lane(self, change: AcceptedChange, heartbeats: dict[str, LastHeartbeat], depths: Depths) -> bool:
+    def _left_its_lane(self, change: AcceptedChange, heartbeats: dict[str, datetime], depths: Depths) -> bool:
         age = self._heartbeat_age(change, heartbeats)
         if age is not None and age.total_seconds() > self._settings.sink_hold_seconds:
             return True

@@ -12,7 +12,6 @@ from msgspec import Struct
 from services.sync.ledger import queues
 from services.sync.ledger import store as ledger_store
 from services.sync.ledger.balance import AcceptedChange, is_id
-from services.sync.ledger.store import LastHeartbeat
 from shared.entities import registry
 from shared.entities.contract import now
 from shared.mirror.mirror import Mirror
@@ -115,7 +114,7 @@ async def depths(settings: Settings, ops: Postgres) -> Depths:
     return Depths(lanes, unknown, found.unavailable)
 
 
-async def heartbeats(ops: Postgres) -> dict[str, LastHeartbeat]:
+async def heartbeats(ops: Postgres) -> dict[str, datetime]:
     async with ops.connection() as connection:
         return await ledger_store.heartbeats(connection)
 

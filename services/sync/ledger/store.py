@@ -6,8 +6,6 @@ Connections have the ops role, which sees every tenant. Each call is one stateme
 from collections.abc import Sequence
 from datetime import datetime
 
-from msgspec import Struct
-
 from shared.postgres.pool import Connection
 
 _SYNCED = """
@@ -30,7 +28,7 @@ select r.change_id::text from retries r
 join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 """
 _RETRY_COUNTS = "select lane, count(*)::int8 from retries group by lane"
-_HEARTBEATS = "select lane, epoch, sent_at from heartbeats"
+_HEARTBEATS = "select lane, sent_at from heartbeats"
 _SUCCESSORS = """
 select distinct on (c.base_change_id) c.base_change_id::text, c.change_id::text
 from changes c join unnest($1::uuid[], $2::uuid[]) as lost (restaurant_id, change_id)
@@ -42,13 +40,6 @@ _RESTAURANTS = "select id::text, slug from restaurants"
 
 Key = tuple[str, str]
 """(restaurant id, change id)"""
-
-
-class LastHeartbeat(Struct, frozen=True):
-    """The last heartbeat that came out of a lane."""
-
-    epoch: str
-    sent_at: datetime
 
 
 async def synced(connection: Connection, changes: Sequence[Key]) -> set[str]:
@@ -70,8 +61,9 @@ async def retry_counts(connection: Connection) -> dict[str, int]:
     return {row[0]: row[1] for row in await connection.fetch(_RETRY_COUNTS)}
 
 
-async def heartbeats(connection: Connection) -> dict[str, LastHeartbeat]:
-    return {row["lane"]: LastHeartbeat(row["epoch"], row["sent_at"]) for row in await connection.fetch(_HEARTBEATS)}
+async def heartbeats(connection: Connection) -> dict[str, datetime]:
+    """Returns lane -> sending time of the last heartbeat that came out of it."""
+    return {row["lane"]: row["sent_at"] for row in await connection.fetch(_HEARTBEATS)}
 
 
 async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str, str]:

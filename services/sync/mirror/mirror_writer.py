@@ -1,10 +1,14 @@
 """The mirror writer applies every change of the log to the mirror, and decides when the mirror is warm.
 
-Guarantee: every change is applied at least once, under the guard. The mirror stores the offset of the writer, and the
-same script updates the offset and the data. If the mirror was wiped or replaced by an older copy, the writer therefore
-notices it and rewinds; the check each second finds that without traffic too. If the mirror still has an offset, the
-writer continues there. Otherwise it loads the live window from PostgreSQL, and then reads the log from ten minutes
-before PostgreSQL's last heartbeat.
+Guarantee: every change is applied at least once, under the guard. The mirror stores the position of the writer, and the
+same script updates the position and the data. If the mirror was wiped or replaced by an older copy, the writer
+therefore notices it and rewinds; the check each second finds that without traffic too. If the mirror still has a
+position, the writer continues there. Otherwise it loads the live window from PostgreSQL, and then reads the log from
+ten minutes before PostgreSQL's last heartbeat.
+
+A position that the log does not prove: the log has lost entries that the mirror has, and has new ones in their place. A
+warm mirror stays warm, and the writer reads the log again from an older place. A cold mirror is filled again, because
+it may have lost changes together with the log.
 
 Order: changes are applied in the order of the log.
 
@@ -39,7 +43,6 @@ from services.sync.failures.classification import classify
 from services.sync.failures.retry_ladder import PUBLISH_TIMEOUT_SECONDS, FailedChange, headers_for
 from services.sync.heartbeat import HeartbeatMonitor
 from services.sync.mirror.warm_up import (
-    NO_OFFSET,
     OVERLAP,
     STATES_PER_SCRIPT,
     Rewind,
@@ -60,11 +63,12 @@ from shared.entities.contract import (
     split_batch,
 )
 from shared.lifecycle import BackgroundLoop, end_tasks
-from shared.messaging.log import LogBatch, LogEntry, LogReader
+from shared.messaging.log import BrokenPosition, LogBatch, LogEntry, LogReader
+from shared.messaging.position import LogPosition
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
-from shared.mirror.mirror import Apply, LogState, Mirror
+from shared.mirror.mirror import NOTHING_APPLIED, Apply, Mirror
 from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
@@ -118,11 +122,11 @@ class MirrorWriter:
         self._mirror = mirror
         self._publisher = publisher
         self._watch = watch
-        self.warm_up = WarmUp(settings, postgres, mirror, self._reader)
+        self.warm_up = WarmUp(settings, postgres, mirror)
         self.loop = BackgroundLoop("mirror-writer", self._run)
         self._attempt = 0
         self._server = ""
-        self._applied: LogState | None = None
+        self._applied: LogPosition | None = None
         """The position that this writer has applied to the mirror of `_server`."""
         self.warm = False
 
@@ -175,30 +179,44 @@ class MirrorWriter:
     # -- following the log -------------------------------------------------------------------------------------
 
     async def _follow(self, begun: StartPoint) -> None:
-        state = self._applied = begun.state
+        position = self._applied = begun.position
         self._server, self.warm = begun.server, begun.warm
         if not self.warm:
             # Start to read after the settle period, so that the mark at the end of the log comes after every change
             # that was in flight.
             await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
-        async with aclosing(self._reader().read(begun.start, epoch=state.epoch)) as batches:
+        self._watch.note_log_start()
+        async with aclosing(self._reader().read(begun.start, fallbacks=self.warm_up.fallbacks)) as batches:
             async for batch in batches:
-                for lane in Lane:
-                    if lane in batch.heartbeats:
-                        self._watch.arrived_in_log(lane, batch.heartbeats[lane])
-                if batch.epoch != state.epoch:
-                    await self._mirror.begin_log(LogState(batch.epoch or "", NO_OFFSET))
-                    raise Rewind(f"the log was created again: epoch {batch.epoch}")
-                next_state = LogState(state.epoch, batch.last_offset)
+                if batch.broken is not None:
+                    position = await self._go_back(batch.broken)
+                for heartbeat in batch.heartbeats:
+                    if heartbeat.lane in set(Lane):
+                        self._watch.arrived_in_log(Lane(heartbeat.lane), heartbeat.sent_at, heartbeat.offset)
                 began = time.time_ns()
-                self._trace(await self.apply_entries(batch.entries, state, next_state), began)
-                state = self._applied = next_state
-                await self._handle_signals(batch, state)
+                self._trace(await self.apply_entries(batch.entries, position, batch.last), began)
+                position = self._applied = batch.last
+                await self._handle_signals(batch, position)
                 self.loop.turned()
                 if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
                     await asyncio.sleep(_GATHER_SECONDS)
 
-    async def apply_entries(self, entries: Sequence[LogEntry], at: LogState, note: LogState | None) -> list[Outline]:
+    async def _go_back(self, broken: BrokenPosition) -> LogPosition:
+        """Moves the position of the mirror back, and returns the new one. Raises Rewind if the mirror has another
+        position, or is cold."""
+        to = broken.back_to if isinstance(broken.back_to, LogPosition) else NOTHING_APPLIED
+        self._applied = None  # the check must not compare the mirror with a position that it loses now
+        if not await self._mirror.go_back(broken.position, to if self.warm else NOTHING_APPLIED):
+            raise Rewind("another mirror writer has moved the position of the mirror")
+        if not self.warm:
+            raise Rewind(f"the position of a cold mirror is {broken.reason}")
+        self._watch.note_log_start()
+        self._applied = to
+        return to
+
+    async def apply_entries(
+        self, entries: Sequence[LogEntry], at: LogPosition, note: LogPosition | None
+    ) -> list[Outline]:
         """Applies the changes that the mirror lacks, and then stores the position `note` in the mirror. The mirror must
         have applied the log at least to `at`. Returns the outlines of the readable changes."""
         found = await self._split(entries)
@@ -222,25 +240,25 @@ class MirrorWriter:
                     attributes={**_ON_MIRROR, "ticketrail.change_id": change.id},
                 )
 
-    async def _handle_signals(self, batch: LogBatch, state: LogState) -> None:
+    async def _handle_signals(self, batch: LogBatch, position: LogPosition) -> None:
         """Handles the signals of an applied batch: the end of the log, and heartbeats."""
         if batch.caught_up:
             self._watch.note_log_end()
             self._attempt = 0
             if not self.warm:
-                await self.warm_up.stamp(state, self._server)
+                await self.warm_up.stamp(position, self._server)
                 self.warm = True
         if batch.heartbeats:
             if self.warm and not await self._mirror.is_warm():
                 raise Rewind("the mirror has lost its stamp")
-            for lane in Lane:
-                if lane in batch.heartbeats:
-                    self._watch.applied_to_mirror(lane, batch.heartbeats[lane], now())
+            for heartbeat in batch.heartbeats:
+                if heartbeat.lane in set(Lane):
+                    self._watch.applied_to_mirror(Lane(heartbeat.lane), heartbeat.sent_at, heartbeat.offset, now())
 
-    async def _apply(self, states_to_apply: list[Apply], at: LogState, note: LogState | None) -> None:
+    async def _apply(self, states_to_apply: list[Apply], at: LogPosition, note: LogPosition | None) -> None:
         """Applies states in chunks, because Redis runs no other command while a script runs. The last script also moves
-        the offset to `note`, after the repair of late changes, so that after an interruption the writer repeats from
-        the previous offset."""
+        the position to `note`, after the repair of late changes, so that after an interruption the writer repeats from
+        the previous position."""
         chunks = [
             states_to_apply[start : start + STATES_PER_SCRIPT]
             for start in range(0, len(states_to_apply), STATES_PER_SCRIPT)

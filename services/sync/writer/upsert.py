@@ -151,10 +151,10 @@ on conflict do nothing
 
 # On another channel a heartbeat may overtake an earlier one, so the heartbeat with the latest time is kept.
 _STORE_HEARTBEATS = """
-insert into heartbeats as t (lane, heartbeat_id, epoch, sent_at)
-select * from unnest($1::text[], $2::uuid[], $3::text[], $4::timestamptz[])
+insert into heartbeats as t (lane, heartbeat_id, sent_at)
+select * from unnest($1::text[], $2::uuid[], $3::timestamptz[])
 on conflict (lane) do update
-set heartbeat_id = excluded.heartbeat_id, epoch = excluded.epoch, sent_at = excluded.sent_at, stored_at = now()
+set heartbeat_id = excluded.heartbeat_id, sent_at = excluded.sent_at, stored_at = now()
 where excluded.sent_at > t.sent_at
 """
 
@@ -270,7 +270,6 @@ async def _store_heartbeats(connection: Connection, heartbeats: Sequence[Signal]
         _STORE_HEARTBEATS,
         [heartbeat.lane for heartbeat in ordered],
         [heartbeat.id for heartbeat in ordered],
-        [heartbeat.epoch for heartbeat in ordered],
         [heartbeat.time for heartbeat in ordered],
     )
 

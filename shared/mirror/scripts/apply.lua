@@ -1,9 +1,10 @@
--- with identity.lua, stock.lua
+-- with identity.lua, stock.lua, position.lua
 -- apply: writes states into the mirror, each under the guard (version, change id). The reveal of a commit, the batches of
 -- the mirror writer and the rebuild of a mirror all use this script, so that the guard exists only once.
 -- KEYS  1 ticketrail:log  2 ticketrail:claims  3 warm stamp  then per state: doc, claim, live, pending, number series
--- ARGV  1 epoch  2 offset that the log state must have reached ('': any)  3 new offset of the log state ('': keep it)
---       4 the server that the caller has filled ('': any)  5 write only to a warm mirror (0/1), because the caller
+-- ARGV  1 offset ('': any) and 2 CRC of the position that the mirror must have reached
+--       3 offset ('': keep it) and 4 CRC of its new position; an earlier one than the present is ignored
+--       5 the server that the caller has filled ('': any)  6 write only to a warm mirror (0/1), because the caller
 --       sends only the states that this mirror lacked
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
 --       the stock that an order holds or the count of an inventory item (see stock.lua)
@@ -12,27 +13,24 @@
 --            'late'    an old event: if the doc is missing, the script reports the state instead of writing it
 -- Replies {'rewind'} if this is not the mirror that the caller filled, otherwise
 --         {'applied', positions (from 1) of late states whose doc is missing...}
-if ARGV[2] ~= '' then
-  local at = redis.call('HMGET', KEYS[1], 'epoch', 'offset')
-  -- The mirror may be ahead of the caller, if another mirror writer was faster. That is harmless, because applying a change
-  -- is idempotent.
-  if at[1] ~= ARGV[1] then
-    return {'rewind'}
-  end
-  if tonumber(at[2]) < tonumber(ARGV[2]) then
+if ARGV[1] ~= '' then
+  local reached, lost = has_reached(KEYS[1], ARGV[1], ARGV[2])
+  if lost then
     -- The mirror has lost what the caller applied, for example because somebody restored an old copy. It may have lost
     -- claims and the states of other changes too, so it takes no claims until it has been filled again.
     redis.call('DEL', KEYS[3])
+  end
+  if not reached then
     return {'rewind'}
   end
 end
-if ARGV[4] ~= '' and this_server() ~= ARGV[4] or ARGV[5] == '1' and not warm_identity(KEYS[3]) then
+if ARGV[5] ~= '' and this_server() ~= ARGV[5] or ARGV[6] == '1' and not warm_identity(KEYS[3]) then
   return {'rewind'}
 end
 local reply = {'applied'}
-local count = (#ARGV - 5) / 9
+local count = (#ARGV - 6) / 9
 for i = 1, count do
-  local k, a = 3 + (i - 1) * 5, 5 + (i - 1) * 9
+  local k, a = 3 + (i - 1) * 5, 6 + (i - 1) * 9
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd', 'h')
   local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h', 'c', 'stored')
@@ -83,7 +81,13 @@ for i = 1, count do
     redis.call('EXPIRE', KEYS[k + 5], 691200)
   end
 end
-if ARGV[3] ~= '' and tonumber(ARGV[3]) > tonumber(redis.call('HGET', KEYS[1], 'offset') or -1) then
-  redis.call('HSET', KEYS[1], 'epoch', ARGV[1], 'offset', ARGV[3])
+if ARGV[3] ~= '' then
+  local at = redis.call('HMGET', KEYS[1], 'offset', 'broken')
+  if tonumber(ARGV[3]) > tonumber(at[1] or -1) then
+    redis.call('HSET', KEYS[1], 'offset', ARGV[3], 'crc', ARGV[4])
+    if at[2] and tonumber(ARGV[3]) > tonumber(at[2]) then
+      redis.call('HDEL', KEYS[1], 'broken')
+    end
+  end
 end
 return reply

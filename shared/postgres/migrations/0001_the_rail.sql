@@ -71,19 +71,12 @@ create table conflicts (
     primary key (restaurant_id, change_id, other_change_id)
 );
 
--- The last heartbeat of every lane that PostgreSQL has stored. `epoch` is the epoch of the change log.
+-- The last heartbeat of every lane that PostgreSQL has stored.
 create table heartbeats (
     lane text primary key,
     heartbeat_id uuid not null,
-    epoch text not null,
     sent_at timestamptz not null,
     stored_at timestamptz not null default now()
-);
--- Every stream that was the change log at some time. The newest row is the current one.
-create table log_epochs (
-    id int generated always as identity primary key,
-    epoch text not null unique,
-    created_at timestamptz not null default now()
 );
 
 -- Tables for readers: the current state of every entity.
@@ -195,8 +188,7 @@ end $$;
 revoke update, delete on changes from ticketrail_writer;
 
 grant select, insert, update on heartbeats to ticketrail_writer;
-grant select on heartbeats, log_epochs to ticketrail_api, ticketrail_ops;
-grant select, insert on log_epochs to ticketrail_writer;
+grant select on heartbeats to ticketrail_api, ticketrail_ops;
 -- The services read restaurants before they know the tenant of the caller. They do not need users and terminals then.
 grant select on restaurants to ticketrail_api, ticketrail_writer, ticketrail_ops;
 grant select, insert, update on users, terminals to ticketrail_writer;

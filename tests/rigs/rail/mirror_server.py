@@ -4,13 +4,12 @@ import asyncio
 from collections.abc import Sequence
 from uuid import uuid4
 
+from shared.messaging.position import LogPosition
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection
 from shared.mirror.identity import MirrorIdentity
-from shared.mirror.mirror import LogState, Mirror
+from shared.mirror.mirror import NOTHING_APPLIED, Mirror
 
-FRESH = LogState("test", -1)
-"""The log state of a mirror that has read nothing."""
 Copy = Sequence[tuple[bytes, int, bytes]]
 """A copy of a mirror: key, time to live in ms, value in the format of Redis's DUMP."""
 
@@ -25,12 +24,12 @@ class MirrorServer:
         await self.mirror.close()
         await self._redis.close()
 
-    async def warm(self, state: LogState = FRESH, identity: MirrorIdentity | None = None) -> None:
+    async def warm(self, at: LogPosition = NOTHING_APPLIED, identity: MirrorIdentity | None = None) -> None:
         """Makes the mirror warm, as the mirror writer does at the end of the log. The default is a new identity whose
         order numbers have no prefix."""
-        await self.mirror.begin_log(state)
+        await self.mirror.begin_log()
         server, _ = await self.mirror.server()
-        assert await self.mirror.warm(state, server, identity or MirrorIdentity(uuid4().int >> 65, "", ""))
+        assert await self.mirror.warm(at, server, identity or MirrorIdentity(uuid4().int >> 65, "", ""))
 
     async def cool(self) -> None:
         """Makes the mirror cold, as it is after a restart until the mirror writer has filled it."""

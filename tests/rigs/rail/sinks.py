@@ -14,7 +14,8 @@ from shared.entities import registry
 from shared.entities.contract import Change
 from shared.entities.entity import Entity
 from shared.messaging.log import LogEntry
-from shared.mirror.mirror import LogState, Mirror
+from shared.messaging.position import LogPosition, checksum
+from shared.mirror.mirror import NOTHING_APPLIED, Mirror
 from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
@@ -22,7 +23,6 @@ from shared.postgres import states
 from shared.postgres.pool import Postgres
 from shared.settings import Settings
 from tests.rigs.rail.changes import State, applied
-from tests.rigs.rail.mirror_server import FRESH
 
 
 def mirror_writer(
@@ -36,20 +36,20 @@ def mirror_writer(
     )
 
 
-async def read_log(writer: MirrorWriter, log: Sequence[bytes], state: LogState, count: int) -> LogState:
-    """The mirror writer reads up to `count` messages after `state`, which the mirror has reached. Returns its new
-    state."""
-    for offset, body in enumerate(log[state.offset + 1 :][:count], state.offset + 1):
-        noted = LogState(state.epoch, offset)
-        await writer.apply_entries([LogEntry(offset, "critical", body)], state, noted)
-        state = noted
-    return state
+async def read_log(writer: MirrorWriter, log: Sequence[bytes], at: LogPosition, count: int) -> LogPosition:
+    """The mirror writer reads up to `count` messages after `at`, which the mirror has reached. Returns its new
+    position."""
+    for offset, body in enumerate(log[at.offset + 1 :][:count], at.offset + 1):
+        entry = LogEntry(LogPosition(offset, checksum(body)), "critical", body)
+        await writer.apply_entries([entry], at, entry.position)
+        at = entry.position
+    return at
 
 
-async def read_again(writer: MirrorWriter, messages: Iterable[bytes], state: LogState) -> None:
-    """The mirror writer reads messages in any order; its place in the log stays."""
+async def read_again(writer: MirrorWriter, messages: Iterable[bytes], at: LogPosition) -> None:
+    """The mirror writer reads messages in any order; its position in the log stays."""
     for body in messages:
-        await writer.apply_entries([LogEntry(0, "critical", body)], state, None)
+        await writer.apply_entries([LogEntry(LogPosition(0, checksum(body)), "critical", body)], at, None)
 
 
 class PostgresTables:
@@ -93,8 +93,9 @@ class PostgresModel:
         change = self.heads.get(id_)
         return (change.head, registry.read(change)[1]) if change else None
 
-    async def fill(self, mirror: Mirror) -> LogState:
+    async def fill(self, mirror: Mirror) -> LogPosition:
         """Fills an empty mirror, as the mirror writer does from the tables."""
-        await mirror.begin_log(FRESH)
-        assert await mirror.apply([applied(one, "stored") for one in self.heads.values()], at=FRESH) is not None
-        return FRESH
+        await mirror.begin_log()
+        stored = [applied(one, "stored") for one in self.heads.values()]
+        assert await mirror.apply(stored, at=NOTHING_APPLIED) is not None
+        return NOTHING_APPLIED

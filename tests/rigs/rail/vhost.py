@@ -107,7 +107,7 @@ async def open_vhost(servers: Servers, folder: Path) -> AsyncIterator[Vhost]:
     settings = Settings(_env_file=None, rabbitmq_url=url, change_log_segment_bytes=1_000_000)
     async with await declare.connect(url) as connection:
         await declare.declare(connection, settings)
-        await declare.declare_logs(connection, settings, "test")
+        await declare.declare_logs(connection, settings)
     vhost = Vhost(servers, url, folder)
     try:
         yield vhost
