@@ -28,6 +28,7 @@ from shared.lifecycle import freeze_memory
 from shared.messaging import declare
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import Publisher
+from shared.messaging.recovery import START_WAIT_SECONDS
 from shared.messaging.topology import REFERENCE_LOG
 from shared.observability.metrics import Metrics, RailMetrics, ReadMetrics, watch_pool
 from shared.observability.tracing import Tracer
@@ -160,12 +161,12 @@ async def start(parts: OrdersParts) -> None:
     await parts.rail_parts.check_mirror()
     broker = await declare.check_at_start(parts.settings)
     # If the check has already waited for an unavailable broker, the publisher does not wait again.
-    await parts.rail_parts.publisher.start(wait=3.0 if broker else 0.0)
+    await parts.rail_parts.publisher.start(wait=START_WAIT_SECONDS if broker else 0.0)
     await parts.journal_publisher.start()
     parts.drainer.start()
     parts.orphaned_journals.start()
     parts.menus.start()
-    await parts.menus.load_all()
+    await parts.menus.load_all(attach_seconds=START_WAIT_SECONDS if broker else 0.0)
 
 
 async def stop(parts: OrdersParts) -> None:

@@ -3,10 +3,23 @@
 A menu is loaded from PostgreSQL and the mirror, or from the one that answers. The guard decides which state of a dish
 is newer. The reference log keeps the menu up to date. While all backends are unavailable, orders are priced from the
 last known menu. The menu of a restaurant that is created after the start is loaded by the first request that needs it.
+
+Guarantee: no change of a dish is missed. The menus are loaded after the reader has attached to the log and met its
+mark: a change before the mark is in a store, and a change after it comes from the log. They are loaded again when that
+may not hold:
+
+| event                                         | why                                                                |
+|-----------------------------------------------|--------------------------------------------------------------------|
+| the reader attaches after the first load      | a change between them is in neither                                |
+| the log does not prove the reader's position  | the reader has missed entries, or the log has lost some            |
+| the mirror turns warm                         | while it was cold, PostgreSQL alone was read, and may be behind    |
+
+Between a record and its reveal, a change is in no store yet. The log is therefore read from some time before the mark.
 """
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 
@@ -19,7 +32,7 @@ from shared.entities.contract import BrokenContract, Head, decode_change, now, s
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound, Unavailable
 from shared.lifecycle import BackgroundLoop
-from shared.messaging.log import LogBatch, LogReader
+from shared.messaging.log import LogBatch, LogReader, Start
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
@@ -30,6 +43,8 @@ log = structlog.get_logger(__name__)
 
 # The log is read from this long before the load, so that it includes changes that neither store had yet.
 _OVERLAP = timedelta(seconds=60)
+_LOOK_AT_MIRROR_SECONDS = 1.0
+"""The interval at which the menus look whether the mirror has turned warm. A mirror that was lost stays cold longer."""
 
 
 class MenuBook(Struct):
@@ -55,15 +70,22 @@ class Menus:
         self.reader = reader
         self._books: dict[str, MenuBook] = {}
         self._loading: dict[str, asyncio.Lock] = {}
-        # Dishes from the log whose menu is being loaded. The stores may not have had them yet.
-        self._arrived_while_loading: dict[str, list[tuple[Head, MenuItem]]] = {}
+        self._early: dict[str, dict[str, tuple[Head, MenuItem]]] = {}
+        """Restaurant -> dish id -> dish from the log, for menus that are not loaded. The stores may not have had it."""
+        self._attached = asyncio.Event()
+        self._load_began = False
+        self._load_at_mark = True
+        self._load_due = asyncio.Event()
+        self._mirror_was_warm = False
         self.loop = BackgroundLoop("menus", self._follow)
+        self.load_loop = BackgroundLoop("menus-load", self._load_again)
         self.loaded = False
 
     def start(self) -> None:
         self.loop.start()
 
     async def stop(self) -> None:
+        await self.load_loop.stop()
         await self.loop.stop()
 
     async def book(self, restaurant_id: str) -> MenuBook:
@@ -73,12 +95,8 @@ class Menus:
             async with self._loading.setdefault(restaurant_id, asyncio.Lock()):
                 book = self._books.get(restaurant_id)
                 if book is None:
-                    self._arrived_while_loading[restaurant_id] = []
-                    try:
-                        book = await self._load(restaurant_id)
-                    finally:
-                        meanwhile = self._arrived_while_loading.pop(restaurant_id)
-                    for head, dish in meanwhile:
+                    book = await self._load(restaurant_id)
+                    for head, dish in self._early.pop(restaurant_id, {}).values():
                         book.put(head, dish)
                     self._books[restaurant_id] = book
             self._loading.pop(restaurant_id, None)
@@ -91,8 +109,14 @@ class Menus:
 
     # -- loading -----------------------------------------------------------------------------------------------
 
-    async def load_all(self) -> None:
-        """Loads the menus of all restaurants. Waits until a store answers."""
+    async def load_all(self, *, attach_seconds: float = 0.0) -> None:
+        """Loads the menus of all restaurants. Waits at most `attach_seconds` until the reader has attached to the log,
+        and then until a store answers."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(attach_seconds):
+                await self._attached.wait()
+        self._load_began = True
+        self._mirror_was_warm = await self._mirror_is_warm()
         pause = 0.1
         while True:
             ids = await self._known_restaurants()
@@ -108,6 +132,52 @@ class Menus:
                 log.warning("menu_not_loaded", restaurant_id=restaurant_id, error=str(error))
         self.loaded = True
         log.info("menus_loaded", restaurants=len(self._books))
+        self.load_loop.start()
+
+    async def _load_again(self) -> None:
+        while True:
+            # In this order: a mirror that turns warm after this look is seen by the next one.
+            warm = await self._mirror_is_warm()
+            if warm and not self._mirror_was_warm:
+                self._load_due.set()
+            self._mirror_was_warm = warm
+            if self._load_due.is_set():
+                self._load_due.clear()
+                if not await self._update_all():
+                    self._load_due.set()
+                    await asyncio.sleep(_LOOK_AT_MIRROR_SECONDS)
+            self.load_loop.turned()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AT_MIRROR_SECONDS):
+                    await self._load_due.wait()
+
+    async def _update_all(self) -> bool:
+        """Loads all menus again, and puts the newer states into the books. Returns False if a menu cannot be loaded
+        now."""
+        ids = await self._known_restaurants()
+        if ids is None:
+            return False
+        complete = True
+        for restaurant_id in {*ids, *self._books}:
+            try:
+                found, book = await self._load(restaurant_id), await self.book(restaurant_id)
+            except NotFound:
+                continue
+            except Unavailable as error:
+                log.warning("menu_not_loaded", restaurant_id=restaurant_id, error=str(error))
+                complete = False
+                continue
+            book.restaurant = found.restaurant
+            for dish_id, head in found.heads.items():
+                book.put(head, found.dishes[dish_id])
+        log.info("menus_loaded_again", restaurants=len(self._books), complete=complete)
+        return complete
+
+    async def _mirror_is_warm(self) -> bool:
+        try:
+            return await self._mirror.is_warm()
+        except (MirrorUnavailable, MirrorInDoubt):
+            return False
 
     async def _known_restaurants(self) -> list[str] | None:
         try:
@@ -158,10 +228,19 @@ class Menus:
     # -- following the log -------------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
-        async with aclosing(self.reader.read(now() - _OVERLAP)) as batches:
+        async with aclosing(self.reader.read(now() - _OVERLAP, fallbacks=self._fallbacks)) as batches:
             async for batch in batches:
                 self._apply(batch)
+                self._load_at_mark = self._load_at_mark or batch.broken is not None
+                if batch.caught_up and self._load_at_mark:
+                    self._load_at_mark = False
+                    self._attached.set()
+                    if self._load_began:
+                        self._load_due.set()
                 self.loop.turned()
+
+    async def _fallbacks(self) -> Sequence[Start]:
+        return (now() - _OVERLAP,)
 
     def _apply(self, batch: LogBatch) -> None:
         for entry in batch.entries:
@@ -178,10 +257,13 @@ class Menus:
             change = decode_change(event)
             if change.entity != menu_item.ENTITY.name:
                 return
+            head, dish = change.head, registry.read(change)[1]
             if (book := self._books.get(change.restaurantid)) is not None:
-                book.put(change.head, registry.read(change)[1])
-            elif (meanwhile := self._arrived_while_loading.get(change.restaurantid)) is not None:
-                meanwhile.append((change.head, registry.read(change)[1]))
+                book.put(head, dish)
+            else:
+                early = self._early.setdefault(change.restaurantid, {})
+                if dish.id not in early or head > early[dish.id][0]:
+                    early[dish.id] = (head, dish)
         except BrokenContract as error:
             # The PostgreSQL writer dead-letters the change; the other dishes must still be updated.
             log.warning("menu_change_skipped", offset=offset, reason=error.reason, error=str(error))
