@@ -6,6 +6,7 @@ commits end, the drainer and the log reader stop, the connections close.
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -35,6 +36,7 @@ from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
 from shared.rail.assemble import RailParts, assemble_rail, publisher_of
 from shared.rail.drain import Drainer
+from shared.rail.head import Heads
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphaned_journals import OrphanedJournals
@@ -89,7 +91,8 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         stream=REFERENCE_LOG,
     )
     menus = Menus(postgres, mirror, reader)
-    changes, accounts, tokens = EntityChanges(rail, reads), Accounts(postgres), Tokens.of(settings)
+    heads = Heads(mirror, postgres.tenant, window=timedelta(days=settings.mirror_window_days))
+    changes, accounts, tokens = EntityChanges(rail, heads), Accounts(postgres), Tokens.of(settings)
     context = RouteContext(
         postgres,
         mirror,

@@ -1,7 +1,7 @@
 """Creates and changes entities of every kind: builds the new state, commits it and returns a receipt.
 
 After a lost claim the change is built again on the new head, unless the caller named a version. A repeat with the same
-Idempotency-Key has the same id, so it finds what the first request created (idempotency.py).
+Idempotency-Key has the same id, so it finds what the first request created (shared/rail/idempotency.py).
 """
 
 import asyncio
@@ -16,13 +16,14 @@ from weakref import WeakValueDictionary
 import msgspec
 from msgspec import Struct
 
-from services.orders.entity_reads import EntityReads
-from services.orders.idempotency import check_replay
 from shared.entities.contract import Head, now
 from shared.entities.entity import Entity
 from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
-from shared.rail.commit import ClaimLost, Committed, Rail
+from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.head import Heads, Standing
+from shared.rail.idempotency import Creations, key_reused
+from shared.rail.outcomes import ClaimLost, Committed
 from shared.rail.record import Durability
 from shared.security.tokens import Identity
 
@@ -32,8 +33,6 @@ _COMMIT_SECONDS = 0.01
 # Changes that add a fact, such as a payment, are retried for longer, because each of many concurrent ones must count.
 # While the broker does not answer, each one waits until the previous one is in the journal.
 _FACT_TIMEOUT_SECONDS = 4.0
-# A repeat waits this long for the first request. This is longer than a claim takes to become stale and be finished.
-_REPEAT_TIMEOUT_SECONDS = 4.0
 
 Change = Callable[[Any, datetime], tuple[str, Any]]
 """(current state, time) -> (event, new state). Returning the current state itself means that nothing changes."""
@@ -56,9 +55,10 @@ def actor_of(identity: Identity) -> str:
 
 
 class EntityChanges:
-    def __init__(self, rail: Rail, reads: EntityReads) -> None:
+    def __init__(self, rail: Rail, heads: Heads) -> None:
         self._rail = rail
-        self._reads = reads
+        self._heads = heads
+        self._creations = Creations(rail, heads)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     # -- create ------------------------------------------------------------------------------------------------
@@ -68,22 +68,22 @@ class EntityChanges:
         identity: Identity,
         entity: Entity,
         id_: str,
-        key: str | None,
         build: Callable[[datetime], Any],
         *,
+        keyed: bool,
         same: Callable[[Any], bool] = lambda _: True,
     ) -> Receipt:
-        """Creates an entity. `key` is the Idempotency-Key from which `id_` is derived. `same` returns whether an equal
-        request created an existing state. Raises the errors of `build` and the rail, and InvalidInput for a key that
-        was used for another request."""
+        """Creates an entity. `keyed`: `id_` is derived from an Idempotency-Key. `same` returns whether an equal request
+        created an existing state. Raises the errors of `build` and the rail, and InvalidInput for a key that was used
+        for another request."""
         at = now()
         try:
             state = build(at)
         except InvalidInput:
             # A repeat may be invalid by now, because the menu has changed since the first request was accepted.
             with contextlib.suppress(Unavailable):
-                if key is not None and (earlier := await self._earlier(entity, identity.tenant, id_)):
-                    return _replay(entity, *earlier, same)
+                if keyed and (earlier := await self._heads.earlier(entity, identity.tenant, id_)):
+                    return _replay(entity, earlier, same)
             raise
         draft = Draft(
             entity=entity,
@@ -94,33 +94,15 @@ class EntityChanges:
             at=at,
             source="orders",
             actor=actor_of(identity),
-            existing=None if key is None else lambda: self._earlier(entity, identity.tenant, id_),
+            keyed=keyed,
         )
-        deadline = time.monotonic() + _REPEAT_TIMEOUT_SECONDS
-        while True:
-            try:
-                return _receipt(entity, await self._rail.commit(draft))
-            except ClaimLost as lost:
-                if lost.head is not None and lost.state is None:
-                    raise Unavailable(
-                        f"the {entity.name} was created by an earlier request and cannot be read now", retry_after=2.0
-                    ) from lost
-                if lost.head is not None:
-                    return _replay(entity, lost.head, lost.state, same)
-                if time.monotonic() > deadline:
-                    raise Conflict(
-                        "the same request is still being processed", code="in_progress", field="Idempotency-Key"
-                    ) from lost
-            await _pause(2)
-
-    async def _earlier(self, entity: Entity, restaurant: str, id_: str) -> tuple[Head, Any] | None:
-        """Returns the entity that an earlier request with the same key created, or None. Raises Unavailable if no
-        store can answer."""
         try:
-            found = await self._reads.one(entity, restaurant, id_)
-        except NotFound:
-            return None
-        return found.head, found.decoded()
+            made = await self._creations.create(draft)
+        except ClaimLost as lost:
+            raise Conflict(
+                "the same request is still being processed", code="in_progress", field="Idempotency-Key"
+            ) from lost
+        return _receipt(entity, made) if isinstance(made, Committed) else _replay(entity, made, same)
 
     # -- change ------------------------------------------------------------------------------------------------
 
@@ -157,8 +139,10 @@ class EntityChanges:
     ) -> Receipt:
         retries, deadline = 0, time.monotonic() + _FACT_TIMEOUT_SECONDS
         while True:
-            found = await self._reads.base(entity, identity.tenant, id_)
-            before = found.decoded()
+            found = await self._heads.head(entity, identity.tenant, id_)
+            if found is None:
+                raise NotFound(f"no such {entity.name}")
+            before = found.state
             if before.deleted_at is not None and not deleted:
                 raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
             if version is not None and version != found.head.version:
@@ -173,7 +157,7 @@ class EntityChanges:
                 state=after,
                 base=found.head,
                 before=before,
-                base_raw=found.state,
+                base_raw=found.raw,
                 at=at,
                 source="orders",
                 actor=actor_of(identity),
@@ -212,9 +196,10 @@ def _receipt(entity: Entity, committed: Committed) -> Receipt:
     return Receipt(entity, committed.state, committed.head, committed.durability, committed.visible)
 
 
-def _replay(entity: Entity, head: Head, state: Any, same: Callable[[Any], bool]) -> Receipt:
-    check_replay(state, same)
-    return Receipt(entity, state, head, None, replayed=True)
+def _replay(entity: Entity, made: Standing, same: Callable[[Any], bool]) -> Receipt:
+    if not same(made.state):
+        raise key_reused()
+    return Receipt(entity, made.state, made.head, None, replayed=True)
 
 
 def _conflict(head: Head | None) -> Conflict:

@@ -117,22 +117,6 @@ class EntityReads:
             return FoundState(entity, document.head, document.state, "mirror", document)
         raise NotFound(f"no such {entity.name}")
 
-    async def base(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
-        """Returns the head that a change is built on. Raises NotFound, and Unavailable without a warm mirror, because
-        only a warm mirror knows whether there is a head, and which."""
-        document, warm = await self._from_mirror(entity, restaurant, id_)
-        if not warm:
-            raise Unavailable("nothing can be changed until the mirror is warm; retry", retry_after=2.0)
-        if document is not None:
-            return FoundState(entity, document.head, document.state, "mirror", document)
-        try:
-            stored = await self._from_postgres(entity, restaurant, id_)
-        except UNAVAILABLE as error:
-            raise Unavailable(f"the {entity.name} cannot be read now", retry_after=2.0) from error
-        if stored is None:
-            raise NotFound(f"no such {entity.name}")
-        return _from_stored(entity, stored)
-
     async def page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None = None) -> Page:
         """Returns one page of a list. With `state`, it has only entities with this sync state. Raises
         Unavailable if neither store answers."""

@@ -1,43 +1,30 @@
-"""Recognises repeated requests by their `Idempotency-Key`, so that a repeat creates no second entity. A payment and a
-stock move have ids of their own, which `order_commands.py` and `routes/back_office.py` compare.
+"""The Idempotency-Key of a request, and whom it belongs to. What a repeat means is in shared/rail/idempotency.py."""
 
-The id of a new entity is derived from the caller's key, so a repeat has the same id. The mirror then refuses the second
-claim, or PostgreSQL already has the entity. `check_replay` decides whether the request is a repeat, or another request
-with a used key.
-"""
+from uuid import UUID
 
-import re
-from collections.abc import Callable
-from typing import Any
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from msgspec import Struct
 
-from shared.errors import InvalidInput
 from shared.http.call import Call
-from shared.security.tokens import Identity
-
-_NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
-_KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
+from shared.rail.idempotency import FactId, checked_key, entity_id
 
 
-def idempotency_key(request: Call) -> str | None:
-    """Returns the header Idempotency-Key, or None without one. Raises InvalidInput."""
-    key = request.header(b"idempotency-key")
-    if key is not None and not _KEY.match(key):
-        raise InvalidInput("must be 1 to 200 visible ASCII characters", field="Idempotency-Key")
-    return key
+class RequestKey(Struct, frozen=True):
+    """The Idempotency-Key of one request. The same key of another caller, or on another route, is another key."""
 
+    caller: str
+    route: str
+    key: str | None
 
-def id_for(identity: Identity, route: str, key: str | None) -> str:
-    """Returns the id of a new entity. It is the same for the same caller, route and key, and random without a key."""
-    if key is None:
-        return str(uuid4())
-    return str(uuid5(_NAMESPACE, f"{identity.tenant}|{identity.user_id}|{identity.session_id or ''}|{route}|{key}"))
+    @classmethod
+    def of(cls, request: Call, route: str) -> "RequestKey":
+        """`route`: the method and the path of the route, such as "POST /api/orders". Raises InvalidInput."""
+        identity = request.identity
+        caller = f"{identity.tenant}|{identity.user_id}|{identity.session_id or ''}"
+        return cls(caller, route, checked_key(request.header(b"idempotency-key")))
 
+    def entity_id(self) -> str:
+        return entity_id(self.caller, self.route, self.key)
 
-def check_replay(state: Any, same: Callable[[Any], bool]) -> None:
-    """Raises InvalidInput if the key was used for another request. `state` is what was created with the key, and `same`
-    returns whether this request would have created it."""
-    if not same(state):
-        raise InvalidInput(
-            "this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused"
-        )
+    def fact_id(self, given: UUID | None, target: str) -> FactId:
+        """`given`: the id in the body. `target`: the id of the entity that gets the fact."""
+        return FactId.of(given, target, self.caller, self.route, self.key)

@@ -1,34 +1,35 @@
 """The commands on orders: place, update, delete, restore, record again, pay. Each command builds the new state by the
 rules, and entity_changes.py commits it."""
 
-import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import msgspec
 from msgspec import UNSET
 
 from services.orders.entity_changes import EntityChanges, Receipt, actor_of
 from services.orders.entity_reads import FoundState
-from services.orders.idempotency import id_for
+from services.orders.idempotency import RequestKey
 from services.orders.menu import MenuBook, Menus
 from services.orders.pricing import holds, priced_items, totals
 from services.orders.requests import PlaceOrder, RecordPayment, UpdateOrder
 from shared.entities import order as orders
-from shared.entities.contract import encode
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import (
     Order,
     OrderStatus,
     Payment,
     allowed_next,
+    held_again,
     items_may_change,
+    next_hold_at,
     payment_status,
 )
 from shared.errors import Conflict, Forbidden, InvalidInput
-from shared.rail.commit import OutOfStock
+from shared.rail.idempotency import FactId, request_hash
+from shared.rail.outcomes import OutOfStock
 from shared.security.tokens import Identity, Role
 
 _ENTITY = orders.ENTITY
@@ -41,20 +42,21 @@ class OrderCommands:
         self._changes = changes
         self._menus = menus
 
-    async def place(self, identity: Identity, requested: PlaceOrder, key: str | None) -> Receipt:
-        """Places an order. Raises InvalidInput, Forbidden, Conflict (out of stock), Unavailable, OutcomeUnknown."""
+    async def place(self, identity: Identity, requested: PlaceOrder, body: bytes, key: RequestKey) -> Receipt:
+        """Places an order. `body`: the request as it was sent. Raises InvalidInput, Forbidden, Conflict (out of stock),
+        Unavailable, OutcomeUnknown."""
         session = _session(identity, requested)
-        id_ = id_for(identity, "POST /api/orders", key)
-        request_hash = None if key is None else hashlib.sha256(encode(requested)).hexdigest()
+        id_ = key.entity_id()
+        sha256 = None if key.key is None else request_hash(body)
         book = await self._menus.book(identity.tenant)
         try:
             return await self._changes.create(
                 identity,
                 _ENTITY,
                 id_,
-                key,
-                lambda at: _new_order(id_, book, requested, at, session, identity, request_hash),
-                same=lambda order: order.request_hash == request_hash,
+                lambda at: _new_order(id_, book, requested, at, session, identity, sha256),
+                keyed=key.key is not None,
+                same=lambda order: order.request_hash == sha256,
             )
         except OutOfStock as error:
             raise _out_of_stock(error, requested, book) from error
@@ -85,9 +87,9 @@ class OrderCommands:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.deleted_at is None:
                 raise Conflict("the order is not deleted", code="not_deleted")
-            # The order holds its stock again from now on, because the stock may have been counted meanwhile.
-            holds = tuple(msgspec.structs.replace(hold, held_at=at) for hold in order.holds)
-            return "restored", msgspec.structs.replace(order, deleted_at=None, updated_at=at, holds=holds)
+            return "restored", msgspec.structs.replace(
+                order, deleted_at=None, updated_at=at, holds=held_again(order, at)
+            )
 
         try:
             return await self._changes.change(identity, _ENTITY, id_, version, change, deleted=True)
@@ -105,26 +107,28 @@ class OrderCommands:
         id_ = found.decoded().id
         return await self._changes.change(identity, _ENTITY, id_, found.head.version, change, deleted=True)
 
-    async def pay(self, identity: Identity, id_: str, requested: RecordPayment) -> tuple[Receipt, Payment]:
+    async def pay(
+        self, identity: Identity, id_: str, requested: RecordPayment, fact: FactId
+    ) -> tuple[Receipt, Payment]:
         """Records a payment, or a refund (a negative amount). All concurrent payments count, and a repeat with the same
-        id counts once. Raises NotFound, Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
+        id counts once. `fact`: the id of the payment. Raises NotFound, Conflict, InvalidInput, Unavailable,
+        OutcomeUnknown."""
         if requested.amount == 0:
             raise InvalidInput("must not be 0", field="amount", code="invalid_input")
-        payment_id = str(requested.id or uuid4())
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
-            earlier = next((one for one in order.payments if one.id == payment_id), None)
+            earlier = next((one for one in order.payments if one.id == fact.id), None)
             if earlier is not None:
                 if (earlier.amount, earlier.method, earlier.reference) != (
                     requested.amount,
                     requested.method,
                     requested.reference,
                 ):
-                    raise Conflict("this id was used for another payment", code="payment_id_reused", field="id")
+                    raise fact.reused("payment")
                 return "payment_recorded", order
             _check_payment(order, requested)
             payment = Payment(
-                id=payment_id,
+                id=fact.id,
                 amount=requested.amount,
                 method=requested.method,
                 created_at=at,
@@ -136,7 +140,7 @@ class OrderCommands:
             )
 
         receipt = await self._changes.change(identity, _ENTITY, id_, None, change, adds_fact=True)
-        return receipt, next(one for one in receipt.state.payments if one.id == payment_id)
+        return receipt, next(one for one in receipt.state.payments if one.id == fact.id)
 
 
 def _check_payment(order: Order, requested: RecordPayment) -> None:
@@ -268,7 +272,7 @@ def _updated(order: Order, requested: UpdateOrder, book: MenuBook, at: datetime)
                 f"the items of an order that is {order.status} cannot change", code="items_are_fixed", field="items"
             )
         fields["items"] = priced_items(requested.items, book.menu)
-        fields["holds"] = holds(fields["items"], book.menu, order.holds, at)
+        fields["holds"] = holds(fields["items"], book.menu, order.holds, next_hold_at(order, at))
     changed = msgspec.structs.replace(order, **fields, updated_at=at)
     sums = totals(
         changed.items,

@@ -85,7 +85,8 @@ class DaysQuery(Request, rename={"from_": "from"}):
 
 
 class RecordPayment(Request):
-    """`amount` is negative for a refund. A payment with the same `id` is recorded once, however often it is sent."""
+    """`amount` is negative for a refund. A payment with the same `id` is recorded once, however often it is sent.
+    Without an `id`, the header Idempotency-Key does the same."""
 
     amount: Amount
     method: Label
@@ -269,7 +270,8 @@ class CustomersQuery(ListQuery, kw_only=True):
 
 
 class MoveLoyalty(Request):
-    """Negative points are redeemed. A move with the same `id` is recorded once, however often it is sent."""
+    """Negative points are redeemed. A move with the same `id` is recorded once, however often it is sent. Without an
+    `id`, the header Idempotency-Key does the same."""
 
     points: Points
     id: UUID | None = None
@@ -295,7 +297,7 @@ class UpdateInventoryItem(Request):
 
 class MoveStock(Request):
     """A delivery, or a loss with a negative quantity. A move with the same `id` is recorded once, however often it is
-    sent."""
+    sent. Without an `id`, the header Idempotency-Key does the same."""
 
     quantity: StockQuantity
     id: UUID | None = None

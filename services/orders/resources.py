@@ -14,6 +14,7 @@ from services.orders.derived_figures import DerivedFigures, OrderAtTable
 from shared.entities import bay, brand, category, customer, inventory_item, job, menu_item, table
 from shared.entities.contract import in_range
 from shared.entities.entity import Entity
+from shared.entities.inventory_item import InventoryItem, recount_at
 from shared.entities.job import BayJob, JobStage
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.http.endpoint import ListQuery
@@ -249,8 +250,9 @@ def _with_e164_query(query: requests.CustomersQuery, restaurant: Restaurant) -> 
     return msgspec.structs.replace(query, phone=e164(text, restaurant.settings.country))
 
 
-def _with_count_time(fields: Fields, context: Context) -> Fields:
-    return {**fields, "counted_at": context.at} if "quantity" in fields else fields
+def _recounted(item: InventoryItem, fields: Fields, context: Context) -> tuple[str, Fields]:
+    counted = {"counted_at": recount_at(item, context.at)} if "quantity" in fields else {}
+    return "updated", {**fields, **counted}
 
 
 RESOURCES = (
@@ -365,8 +367,8 @@ RESOURCES = (
         create=requests.CreateInventoryItem,
         update=requests.UpdateInventoryItem,
         example={"name": "Pizza dough", "quantity": 40, "unit": "piece", "low_at": 10},
-        new_fields=_with_count_time,
-        changed_fields=lambda _, fields, context: ("updated", _with_count_time(fields, context)),
+        new_fields=lambda fields, context: {**fields, "counted_at": context.at},
+        changed_fields=_recounted,
         derive=lambda figures, restaurant, _, states: figures.available(restaurant.id, states),
         derived_types={"available": int | None, "held": int | None, "low": bool | None},
     ),

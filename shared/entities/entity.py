@@ -4,7 +4,7 @@ The stores are generic: the PostgreSQL writer and the mirror writer read only th
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -32,7 +32,7 @@ know. Pure."""
 
 Hold = tuple[str, int, datetime]
 """A hold of stock: (inventory item id, quantity, time). A count of the item after this time already
-lacks the quantity."""
+lacks the quantity. The time is a stamp: the claim moves it if the clock of its process is wrong."""
 
 
 class _Versioned(Struct, frozen=True):
@@ -137,8 +137,11 @@ class Entity:
     numbering: Numbering | None = None
     holds: Callable[[Any], Sequence[Hold]] | None = None
     """Returns the stock that a state holds."""
-    stock: Callable[[Any], tuple[int, datetime] | None] | None = None
-    """Returns (quantity, time of the count) of an inventory item, or None if the item is deleted."""
+    stock: Callable[[Any], tuple[int | None, datetime]] | None = None
+    """Returns (quantity, time of the count) of an inventory item. The quantity is None if the item is deleted."""
+    restamp: Callable[[Any, Any, Mapping[str, datetime]], Any] = lambda state, before, stamps: state
+    """(state, state before or None, inventory item -> time) -> the state whose new holds, or whose count, have this
+    time. The claim orders holds and counts; the clocks only propose a time."""
     upcasts: Sequence[Upcast] = ()
     """The upcasts from version 1 to 2, from 2 to 3 and so on. This release reads one major version more than there are
     upcasts."""
@@ -237,6 +240,11 @@ def type_version(type_: str) -> int:
     if found is None:
         raise BrokenContract("unknown_type", f"type {type_!r} has no version such as v1")
     return int(found[1])
+
+
+def at_micros(micros: int) -> datetime:
+    """Returns the time that is `micros` microseconds after 1970."""
+    return _EPOCH + timedelta(microseconds=micros)
 
 
 def _check_time(table: str, column: Column, row: Any) -> None:

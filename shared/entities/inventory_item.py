@@ -1,7 +1,9 @@
 """An inventory item. Its available amount is `quantity` minus the holds of the orders accepted since the count."""
 
+from datetime import datetime, timedelta
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct
 
 from shared.entities.contract import Id, Label, Lane, Time
@@ -9,6 +11,11 @@ from shared.entities.entity import Entity, Facts, OnConflict, Table, columns
 
 Quantity = Annotated[int, Meta(ge=-(10**12), le=10**12)]
 Count = Annotated[int, Meta(ge=0, le=10**12)]
+
+
+def recount_at(item: "InventoryItem", at: datetime) -> datetime:
+    """Returns the time of a count that follows the last count of the item, whatever the clock says."""
+    return max(at, item.counted_at + timedelta(microseconds=1))
 
 
 class StockMove(Struct, frozen=True, kw_only=True):
@@ -44,7 +51,8 @@ ENTITY = Entity(
     lane=Lane.NORMAL,
     on_conflict=OnConflict.CENTRAL_WINS,
     live=lambda item: item.deleted_at is None,
-    stock=lambda item: None if item.deleted_at is not None else (item.quantity, item.counted_at),
+    stock=lambda item: (item.quantity if item.deleted_at is None else None, item.counted_at),
+    restamp=lambda item, _, stamps: msgspec.structs.replace(item, counted_at=stamps[item.id]),
     table=Table(
         "inventory_items",
         tuple(

@@ -4,7 +4,8 @@ Money is in minor units of the restaurant's currency, tax in basis points. Payme
 every snapshot, and the payment status is derived from them.
 """
 
-from datetime import date
+from collections.abc import Mapping
+from datetime import date, datetime, timedelta
 from enum import StrEnum
 from typing import Annotated
 
@@ -151,6 +152,31 @@ def _held(order: Order) -> list[Hold]:
     ]
 
 
+def next_hold_at(order: Order, at: datetime) -> datetime:
+    """Returns the time of a further hold of the order. It differs from those of all holds that the order has, whatever
+    the clock says, so that the claim can tell which holds are new."""
+    held = [hold.held_at or order.created_at for hold in order.holds]
+    return max(at, max(held) + timedelta(microseconds=1)) if held else at
+
+
+def held_again(order: Order, at: datetime) -> tuple[StockHold, ...]:
+    """Returns the holds of an order that had released them. They begin again, because the stock may have been counted
+    meanwhile."""
+    at = next_hold_at(order, at)
+    return tuple(msgspec.structs.replace(hold, held_at=at) for hold in order.holds)
+
+
+def _restamped(order: Order, before: Order | None, stamps: Mapping[str, datetime]) -> Order:
+    known = {(item, at) for item, _, at in _held(before)} if before is not None else set()
+    holds = tuple(
+        msgspec.structs.replace(hold, held_at=stamps[hold.inventory_item_id])
+        if hold.inventory_item_id in stamps and (hold.inventory_item_id, hold.held_at or order.created_at) not in known
+        else hold
+        for hold in order.holds
+    )
+    return msgspec.structs.replace(order, holds=holds)
+
+
 def _hold_rows(order: Order) -> list[StockHold]:
     """Returns the holds with `held_at` set in each one, because the index of the table contains that column."""
     return [msgspec.structs.replace(hold, held_at=hold.held_at or order.created_at) for hold in order.holds]
@@ -224,6 +250,7 @@ ENTITY = Entity(
         ),
     ),
     holds=_held,
+    restamp=_restamped,
     numbering=Numbering(
         business_day=lambda order: order.business_day.isoformat(),
         number=lambda order: order.order_number,

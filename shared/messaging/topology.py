@@ -17,7 +17,7 @@ log, because orders are the bulk of all changes.
 from dataclasses import dataclass, field
 from typing import Any
 
-from shared.entities.contract import Change, Lane
+from shared.entities.contract import Lane
 from shared.settings import Settings
 
 CHANGES = "ticketrail.changes"
@@ -31,13 +31,6 @@ would drop a message at its 21st delivery."""
 ATTEMPT = "ticketrail-attempt"
 """Our header with the number of attempts so far. From 4.0.1 on, RabbitMQ ignores `x-death` when a message is published
 again."""
-
-
-def lane_of(change: Change) -> Lane:
-    """Returns the lane of a change, which determines its queue. It is the highest lane whose priority is not above the
-    priority of the change. The priority of a change is that of its entity (shared/entities) unless the draft named a
-    lane."""
-    return next((lane for lane in Lane if lane.priority <= change.priority), Lane.BACKGROUND)
 
 
 def lane_queue(lane: Lane) -> str:

@@ -1,8 +1,10 @@
 """The replies of the mirror to a claim; `ClaimReply` is one of them. `Stale` also answers `Mirror.mark`."""
 
+from datetime import datetime
+
 from msgspec import Struct
 
-from shared.entities.contract import Head
+from shared.entities.contract import Head, Lane
 
 
 class Claimed(Struct, frozen=True):
@@ -25,6 +27,8 @@ class Stale(Struct, frozen=True):
     change_id: str
     event: bytes
     number: str
+    lane: Lane
+    """The lane that the owner of the claim has chosen."""
 
 
 class HeadMoved(Struct, frozen=True):
@@ -34,10 +38,22 @@ class HeadMoved(Struct, frozen=True):
     state: bytes | None
 
 
+class Ask(Struct, frozen=True):
+    """The mirror does not know all ids of the last weeks yet: the creation may be a repeat of one that only PostgreSQL
+    has."""
+
+
+class Restamp(Struct, frozen=True):
+    """A hold is below the count of its item, or a count is not above all holds. `stamps`: inventory item -> the least
+    time that the change may give."""
+
+    stamps: dict[str, datetime]
+
+
 class StockShort(Struct, frozen=True):
     """The stock is not enough for the change. `left`: (inventory item, amount left) of each item that is short."""
 
     left: tuple[tuple[str, int], ...]
 
 
-ClaimReply = Claimed | Cold | Busy | Stale | HeadMoved | StockShort
+ClaimReply = Claimed | Cold | Ask | Busy | Stale | HeadMoved | Restamp | StockShort

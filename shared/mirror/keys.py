@@ -2,11 +2,11 @@
 
     {restaurant}:<entity>:<id>       hash   v version, c change id, d state, p accepted at (ms), h stock
     {restaurant}:claim:<entity>:<id> hash   v, c, e event, n number, at (ms), mirror (identity), marked, stored,
-                                            h reserved items
+                                            h reserved items, l lane
     {restaurant}:live:<entity>       zset   id by index score (creation time): the live window
     {restaurant}:pending:<entity>    zset   id by index score: not in PostgreSQL yet
     {restaurant}:failed:<entity>     hash   id -> error, attempts, last attempt
-    {restaurant}:stock:<item>        hash   count, since, sum; order id -> its hold (scripts/stock.lua)
+    {restaurant}:stock:<item>        hash   count, since, next, sum; order id -> its hold (scripts/stock.lua)
     {restaurant}:number:<day>        hash   prefix -> last order number of a business day
     {restaurant}:restaurant          text   the restaurant's settings, for pricing while PostgreSQL is unavailable
     ticketrail:warm                  hash   server "<run_id>:<master_replid>" that the mirror writer has filled,
@@ -22,7 +22,7 @@
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 """Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"

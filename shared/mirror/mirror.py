@@ -11,13 +11,14 @@ from typing import Any
 
 from msgspec import Struct
 
-from shared.entities.contract import Change, Head, Outline
-from shared.entities.entity import Entity, Hold, micros
+from shared.entities.contract import Change, Head, Lane, Outline
+from shared.entities.entity import Entity, Hold, at_micros
 from shared.messaging.position import LogPosition
 from shared.mirror import keys
-from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Stale, StockShort
+from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Restamp, Stale, StockShort
 from shared.mirror.connection import MirrorConnection
 from shared.mirror.identity import MirrorIdentity, countable
+from shared.mirror.stock_texts import hold_text, stock_text
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 
 
@@ -78,13 +79,15 @@ class Mirror:
         series: str | None,
         stock: str = "",
         *,
+        lane: Lane | None = None,
         within: float | None = None,
     ) -> ClaimReply:
         """Claims the next version of an entity for a change. Repeating the call with the same change is harmless.
 
         `base`: the head that the change was built on, or None for a new entity. `series`: the business day, if the
-        change needs an order number. `stock`: the result of `stock_text` for the state. `within`: the number of seconds
-        after which the server must refuse the claim; the reply is then Cold.
+        change needs an order number. `stock`: the result of `claimed_stock_text`. `lane`: the lane in which the change
+        will be recorded, by default that of its entity. `within`: the number of seconds after which the server must
+        refuse the claim; the reply is then Cold.
         """
         latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
@@ -108,6 +111,7 @@ class Mirror:
                 self._stale_ms,
                 stock,
                 "" if latest is None else latest,
+                (lane or entity.lane).value,
             ],
         )
         match reply[0]:
@@ -116,6 +120,8 @@ class Mirror:
                 return Cold()
             case b"short":
                 return StockShort(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
+            case b"restamp":
+                return Restamp({reply[i].decode(): at_micros(int(reply[i + 1])) for i in range(1, len(reply), 2)})
             case b"claimed":
                 return Claimed((reply[1] or b"").decode())
             case b"cold":
@@ -123,7 +129,7 @@ class Mirror:
             case b"busy":
                 return Busy()
             case b"stale":
-                return Stale(reply[1].decode(), reply[2], reply[3].decode())
+                return _stale(reply[1:])
             case _:
                 return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
 
@@ -152,7 +158,7 @@ class Mirror:
             [keys.doc(restaurant, entity, id_), keys.claim(restaurant, entity, id_), keys.CLAIMS, keys.WARM],
             [member, self._stale_ms],
         )
-        return Stale(reply[0].decode(), reply[1], (reply[2] or b"").decode()) if reply else None
+        return _stale(reply) if reply else None
 
     # -- states ------------------------------------------------------------------------------------------------
 
@@ -364,7 +370,7 @@ class Mirror:
     async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
         """Sets the holds of orders, given as (restaurant, order, holds). Skips orders in the live window."""
         docs = [keys.doc(restaurant, "order", order) for restaurant, order, _ in orders]
-        await self._redis.script("fill_stock_holds", docs, [_hold_text(holds) for _, _, holds in orders])
+        await self._redis.script("fill_stock_holds", docs, [hold_text(holds) for _, _, holds in orders])
 
     async def take_tokens(self, caller: str, capacity: int, rate: float, requested: int) -> tuple[int, int, float]:
         """Takes up to `requested` tokens from the bucket of a caller. The bucket gains `rate` tokens per second.
@@ -428,16 +434,6 @@ class Mirror:
         return await self._redis.clock_skew_seconds()
 
 
-def _hold_text(holds: Sequence[Hold]) -> str:
-    return "h" + ",".join([f"{item}={quantity}@{micros(at)}" for item, quantity, at in holds]) if holds else ""
-
-
-def stock_text(entity: Entity, state: Any) -> str:
-    """Returns the holds of an order, or the count of an inventory item, as text for scripts/stock.lua. The text is
-    empty for other entities."""
-    if entity.holds is not None:
-        return _hold_text(entity.holds(state))
-    if entity.stock is None:
-        return ""
-    counted = entity.stock(state)
-    return "s" if counted is None else f"s{counted[0]}|{micros(counted[1])}"
+def _stale(reply: Sequence[bytes]) -> Stale:
+    change, event, number, lane = reply
+    return Stale(change.decode(), event, number.decode(), Lane(lane.decode()))

@@ -64,13 +64,21 @@ def _columns(entity: Entity) -> str:
 
 async def find_state(connection: Connection, entity: Entity, restaurant: str, id_: str) -> StoredState | None:
     """Returns the current state of one entity, or None if PostgreSQL does not have it."""
-    row = await connection.fetchrow(
-        f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
-        " where t.restaurant_id = $1 and t.id = $2",
+    return (await states_of(connection, entity, restaurant, [id_])).get(id_)
+
+
+async def states_of(
+    connection: Connection, entity: Entity, restaurant: str, ids: Sequence[str]
+) -> dict[str, StoredState]:
+    """Returns a map from entity id to current state, for entities of one restaurant. Leaves out those that PostgreSQL
+    does not have."""
+    rows = await connection.fetch(
+        f"select t.id::text, {_columns(entity)} from {_FROM.format(table=entity.table.name)}"  # noqa: S608
+        " where t.restaurant_id = $1 and t.id = any($2::uuid[])",
         restaurant,
-        id_,
+        list(ids),
     )
-    return _stored(row) if row else None
+    return {row["id"]: _stored(row) for row in rows}
 
 
 async def find_states(connection: Connection, entity: Entity, ids: Sequence[tuple[str, str]]) -> list[StoredState]:

@@ -17,6 +17,9 @@ The states of a change, and the effect of a crash in each state:
 | recorded  | claim         | yes               | the same, or the mirror writer reads the change from the log     | old           |
 | revealed  | state         | yes               | only the reply is lost; a repeat with the same key finds it      | new           |
 
+A change is claimed, or it is refused (commit.py). A creation whose mirror takes no claim continues without one; then its
+id keeps it single: the instance and both stores are asked for an earlier creation with this id (idempotency.py).
+
 Replies other than a 2xx:
 
 | reply | reason                                                   | what is true afterwards                             |
@@ -25,14 +28,19 @@ Replies other than a 2xx:
 | 503   | nothing was sent, and the claim was taken back           | no reader will ever see the change                  |
 | 504   | something was sent, or there may be a claim              | it may appear; repeat with the same Idempotency-Key |
 
+After an unanswered claim every error is a 504, except the reply to a creation that names what stands. Whoever repeats with
+the same key gets the same entity, or adds the same fact, so a 504 that is repeated counts once.
+
 Rules: a claim does not expire, and no other change takes its version while it exists. With a lease instead, a stalled
 owner and its successor could both record that version. A marked claim cannot be taken back. After the first byte was
-sent, the commit only goes forward. Every step may be repeated, because the change id identifies the change.
+sent, the commit only goes forward. Every step may be repeated, because the change id identifies the change. The claim
+carries the lane, and whoever finishes it records the change in that lane. The claim also orders stock: of a hold and a
+count, the one that is claimed later gets the larger time, whatever the clocks of the hosts say.
 
 A claim is valid only as long as its Redis process runs. A claim that a restart or a failover brings back is removed: its
 owner may have taken it back and replied 503 after that copy was made. If the owner is alive, it continues without the
 claim.
 
-Without a warm mirror there are no claims. Changes are refused. Creations continue with a number of this instance's own
-series ("J1-0007") and a change id that covers the number.
+Without a warm mirror there are no claims. Changes are refused. Creations continue with the number that they bring, or with
+a number of this instance's own series ("J1-0007"), and with a change id that covers the number.
 """

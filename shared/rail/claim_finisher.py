@@ -10,16 +10,13 @@ release. The claims are finished one after the other, so that none shares a mess
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import structlog
 from msgspec import Struct
 
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Change, decode_change
-from shared.entities.entity import Entity
+from shared.entities.contract import BrokenContract, decode_change
 from shared.errors import Unavailable
-from shared.messaging.topology import lane_of
 from shared.mirror.claim_replies import Stale
 from shared.mirror.connection import MirrorInDoubt
 from shared.mirror.mirror import Mirror
@@ -27,6 +24,7 @@ from shared.observability.metrics import RailMetrics
 from shared.observability.tracing import Tracer
 from shared.rail.order_numbers import with_number_in_event
 from shared.rail.record import Recorder, Unrecorded
+from shared.rail.reveal import Reveal
 
 log = structlog.get_logger(__name__)
 
@@ -42,10 +40,6 @@ class _Unfinished(Struct):
     attempts: int
     next_at: float
     """The next attempt may begin at this time, on the clock of the finisher."""
-
-
-class Reveal(Protocol):
-    async def __call__(self, entity: Entity, change: Change, state: Any) -> bool: ...
 
 
 class ClaimFinisher:
@@ -114,7 +108,7 @@ class ClaimFinisher:
         entity, state = registry.read(change)
         began = time.time_ns()
         try:
-            await self._recorder.record(lane_of(change), event, change.traceparent)
+            await self._recorder.record(stale.lane, event, change.traceparent)
         except Unrecorded as error:
             raise Unavailable("an earlier change of this entity is not finished yet; retry", retry_after=2.0) from error
         visible = await self._reveal(entity, change, state)

@@ -1,15 +1,26 @@
 """A change before it is committed, and the event that is made from it."""
 
-from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any
 
 from msgspec import Raw, Struct
 
+from shared.entities import registry
 from shared.entities.change_id import change_id
-from shared.entities.contract import Change, ChangeData, Head, Lane, changed_fields, encode
+from shared.entities.contract import (
+    MAX_DATA_BYTES,
+    BrokenContract,
+    Change,
+    ChangeData,
+    Head,
+    Lane,
+    changed_fields,
+    encode,
+)
 from shared.entities.entity import Entity
 from shared.entities.overlay import old_values
+from shared.errors import InvalidInput
+from shared.observability import tracing
 
 
 class Draft(Struct, kw_only=True):
@@ -38,9 +49,14 @@ class Draft(Struct, kw_only=True):
     """Id of the user or of the guest's session that requested the change."""
     traceparent: str | None = None
     """The context of the span that makes the change durable. The default is a new span of the current trace."""
-    existing: Callable[[], Awaitable[tuple[Head, Any] | None]] | None = None
-    """Finds an earlier creation with the same id while there is no warm mirror. Returns its head and state, or None.
-    Raises Unavailable if no store can answer."""
+    keyed: bool = False
+    """Whether the id of a new entity is derived from the request, so that a repeat has the same id."""
+    sold: bool = False
+    """Whether the change takes its stock without a check, because the goods are already sold."""
+
+    @property
+    def record_lane(self) -> Lane:
+        return self.lane or self.entity.lane
 
 
 def change_of(draft: Draft) -> Change:
@@ -59,10 +75,29 @@ def change_of(draft: Draft) -> Change:
         subject=f"{draft.entity.name}/{draft.state.id}",
         time=draft.at,
         restaurantid=draft.state.restaurant_id,
-        priority=(draft.lane or draft.entity.lane).priority,
+        priority=draft.record_lane.priority,
         entityversion=version,
         basechangeid=base,
         traceparent=draft.traceparent,
         actor=draft.actor,
         data=ChangeData(after=Raw(after), before=Raw(before)),
     )
+
+
+def checked_change(draft: Draft) -> Change:
+    """Returns the event of a draft, and notes it in the current trace. Raises InvalidInput unless every store can read
+    the event: constructing a Struct checks nothing."""
+    trace = tracing.current()
+    if draft.traceparent is None and trace is not None:
+        draft.traceparent = trace.context_of(tracing.new_span_id())
+    change = change_of(draft)
+    if trace is not None:
+        trace.attributes[f"ticketrail.{draft.entity.name}_id"] = draft.state.id
+        trace.attributes["ticketrail.change_id"] = change.id
+    try:
+        registry.read(change)
+    except BrokenContract as error:
+        raise InvalidInput(str(error), field="data", code="contract_broken") from error
+    if len(memoryview(change.data.after)) + len(memoryview(change.data.before)) > MAX_DATA_BYTES:
+        raise InvalidInput("too large for one change", field="data", code="too_large", max_bytes=MAX_DATA_BYTES)
+    return change

@@ -14,7 +14,8 @@ from msgspec import Raw
 from shared.entities.contract import Change, ChangeData, encode
 from shared.entities.entity import Entity
 from shared.entities.overlay import field_of, with_field
-from shared.rail.journal import NUMBER_BLOCK_SIZE, Journal
+from shared.errors import Unavailable
+from shared.rail.journal import NUMBER_BLOCK_SIZE, Journal, JournalBroken
 
 _MAX_SERIES = 10_000
 
@@ -23,17 +24,22 @@ class InstanceNumbers:
     """Order numbers of this instance's own series, for creations without a claim. The journal reserves them on disk in
     blocks, so that no number is given twice, even after a crash."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal | None) -> None:
         self._journal = journal
         self._given: dict[tuple[str, str], tuple[str, int, int]] = {}  # series, last given and last reserved number
         self._lock = asyncio.Lock()
 
     async def next(self, restaurant: str, day: str) -> str:
-        """Returns the next number of a business day, such as `J1-0007`. Raises JournalBroken."""
+        """Returns the next number of a business day, such as `J1-0007`. Raises Unavailable without an open journal."""
+        if self._journal is None:
+            raise Unavailable("no order number is available without the mirror or a journal")
         async with self._lock:
             series, last, reserved = self._given.get((restaurant, day), ("", 0, 0))
             if last == reserved:
-                series, reserved = await self._journal.reserve_numbers(restaurant, day)
+                try:
+                    series, reserved = await self._journal.reserve_numbers(restaurant, day)
+                except JournalBroken as error:
+                    raise Unavailable("no order number is available without the mirror or the journal") from error
                 last = reserved - NUMBER_BLOCK_SIZE
                 if len(self._given) > _MAX_SERIES:
                     # Most series belong to past business days. A series that is used again gets a new block.

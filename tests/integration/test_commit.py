@@ -8,18 +8,25 @@ from typing import Any
 
 import aio_pika
 import pytest
+from msgspec import structs
 
 from shared.entities.contract import Lane, encode
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import InvalidInput, OutcomeUnknown, Unavailable
 from shared.messaging import topology
 from shared.messaging.publisher import NotSent
-from shared.mirror.claim_replies import Busy, Claimed
-from shared.rail.commit import ClaimLost, Committed
+from shared.mirror.claim_replies import Ask, Busy, Claimed
+from shared.mirror.mirror import Mirror
 from shared.rail.draft import Draft, change_of
+from shared.rail.head import Heads, Standing
+from shared.rail.idempotency import Creations
 from shared.rail.journal import JournalBroken, JournalFull
+from shared.rail.outcomes import ClaimLost, Committed
 from shared.rail.record import Durability, Unrecorded
+from shared.settings import Settings
 from tests.rigs import builders
+from tests.rigs.rail.broker import MemoryBroker
+from tests.rigs.rail.instance import RailRig, no_postgres
 from tests.rigs.rail.vhost import LANE, Vhost, VhostRail, ids, open_vhost
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
@@ -73,7 +80,7 @@ async def test_claimant_that_lost_gets_the_current_head(rig: VhostRail) -> None:
     won = await rig.rail.commit(rig.update(created, notes="first"))
     with pytest.raises(ClaimLost) as lost:
         await rig.rail.commit(rig.update(created, notes="second"))
-    assert (lost.value.head, lost.value.state) == (won.head, won.state)
+    assert (lost.value.head, lost.value.standing) == (won.head, Standing(won.head, won.state, encode(won.state)))
 
 
 async def test_200_concurrent_creations_get_dense_numbers_and_share_messages(rig: VhostRail, vhost: Vhost) -> None:
@@ -359,7 +366,8 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(
     rig: VhostRail, vhost: Vhost, servers: Servers
 ) -> None:
     async with vhost.frozen(servers.redis) as brief:
-        done = await brief.rail.commit(rig.creation())
+        done = await brief.creations.create(rig.creation())
+        assert isinstance(done, Committed)
         assert done.state.order_number == f"J{brief.number}-0001"
         assert (done.durability, done.visible) == (Durability.BROKER, False)
     (message,) = await rig.queued(at_least=1)
@@ -384,14 +392,14 @@ async def test_creation_whose_claim_may_exist_is_outcome_unknown(
         monkeypatch.setattr(brief.journal, "append", broken)
         monkeypatch.setattr(brief.journal, "reserve_numbers", broken)
         with pytest.raises(OutcomeUnknown):
-            await brief.rail.commit(rig.creation())
+            await brief.creations.create(rig.creation())
 
 
 async def test_cold_mirror_takes_creations_and_refuses_updates(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
     await rig.server.cool()
-    done = await rig.rail.commit(rig.creation())
-    again = await rig.rail.commit(rig.creation())
+    done, again = [await rig.creations.create(rig.creation()) for _ in range(2)]
+    assert isinstance(done, Committed)
     assert [done.state.order_number, again.state.order_number] == ["J1-0001", "J1-0002"]
     assert done.visible and await rig.read(done.state.id) == (done.head, done.state)
     with pytest.raises(Unavailable):
@@ -400,40 +408,104 @@ async def test_cold_mirror_takes_creations_and_refuses_updates(rig: VhostRail) -
     assert (await rig.rail.commit(rig.update(created, notes="taken"))).head.version == 2
 
 
+async def test_creation_on_a_cold_mirror_keeps_the_number_that_it_brings(rig: VhostRail) -> None:
+    await rig.server.cool()
+    draft = rig.creation()
+    draft.state = structs.replace(draft.state, order_number="till-4711")
+    done = await rig.creations.create(draft)
+    assert done.state.order_number == "till-4711"
+    (message,) = await rig.queued(at_least=1)
+    assert [ORDER.decode(change).order_number for change in message] == ["till-4711"]
+
+
 async def test_repeated_creation_on_a_cold_mirror_finds_the_first_one(rig: VhostRail) -> None:
     created = await rig.rail.commit(rig.creation())
     await rig.server.cool()
-    draft = rig.creation(id=created.state.id)
-
-    async def existing() -> Any:
-        return await rig.read(created.state.id)
-
-    draft.existing = existing
-    with pytest.raises(ClaimLost) as lost:
-        await rig.rail.commit(draft)
-    assert lost.value.head == created.head
+    again = await rig.creations.create(keyed(rig, created.state.id))
+    assert again == Standing(created.head, created.state, encode(created.state))
 
 
-async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_same_instance(rig: VhostRail) -> None:
-    """PostgreSQL does not have the order yet, so only the memory of the instance has it."""
+def keyed(rig: VhostRail, id_: str) -> Draft:
+    draft = rig.creation(id=id_)
+    draft.keyed = True
+    return draft
 
-    async def existing() -> Any:
-        return None
 
-    def repeat() -> Draft:
-        draft = rig.creation(id=id_)
-        draft.existing = existing
-        return draft
-
-    await rig.server.cool()
+async def test_repeated_creation_without_a_mirror_gets_the_first_one_from_the_same_instance(
+    rig: VhostRail, vhost: Vhost, servers: Servers
+) -> None:
+    """Neither store has the order yet, so only the memory of the instance has it."""
     id_ = builders.new_id()
-    outcomes = await asyncio.gather(*(rig.rail.commit(repeat()) for _ in range(5)), return_exceptions=True)
-    [made] = [one for one in outcomes if isinstance(one, Committed)]
-    assert [type(one) for one in outcomes].count(ClaimLost) == 4
-    with pytest.raises(ClaimLost) as again:
-        await rig.rail.commit(repeat())
-    assert (again.value.head, again.value.state) == (made.head, made.state)
+    async with vhost.frozen(servers.redis) as brief:
+        outcomes = await asyncio.gather(*(brief.creations.create(keyed(rig, id_)) for _ in range(5)))
+        [made] = [one for one in outcomes if isinstance(one, Committed)]
+        again = await brief.creations.create(keyed(rig, id_))
+        others = [one for one in outcomes if one is not made]
+        assert [*others, again] == [Standing(made.head, made.state, encode(made.state))] * 5
     assert ids(await rig.queued(at_least=1)) == [made.head.change_id]
+
+
+async def test_repeat_waits_for_the_first_request_in_another_instance(vhost: Vhost) -> None:
+    rig = await vhost.instance(stale_seconds=60.0)
+    first = keyed(rig, builders.new_id())
+    change, _ = await rig.claim(first)
+    repeat = asyncio.create_task(rig.creations.create(keyed(rig, first.state.id)))
+    await rig.record(change)
+    await rig.reveal(change)
+    assert (await repeat).head == change.head
+
+
+async def test_repeat_gives_up_when_the_first_request_takes_too_long(rig: VhostRail, vhost: Vhost) -> None:
+    other = await vhost.instance(stale_seconds=60.0)
+    first = keyed(rig, builders.new_id())
+    await other.claim(first)
+    at = 0.0
+
+    async def passes(_: float) -> None:
+        nonlocal at
+        at += 1.0
+
+    repeats = Creations(other.rail, Heads(other.mirror, no_postgres), clock=lambda: at, sleep=passes)
+    with pytest.raises(ClaimLost) as lost:
+        await repeats.create(keyed(rig, first.state.id))
+    assert lost.value.head is None and at > 4
+
+
+class AskingMirror(Mirror):
+    """A mirror that does not know all keys yet."""
+
+    claims = 0
+
+    async def claim(self, *arguments: Any, **named: Any) -> Any:
+        self.claims += 1
+        return Ask() if self.claims == 1 else await super().claim(*arguments, **named)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["PostgreSQL has it", "PostgreSQL is away"])
+async def test_mirror_that_asks_gets_its_claim_after_one_look(rig: VhostRail, known: bool) -> None:
+    draft = keyed(rig, builders.new_id())
+    earlier = Standing(change_of(draft).head, draft.state, b"")
+    looks = 0
+
+    class Stores:
+        async def earlier(self, *_: Any) -> Standing | None:
+            nonlocal looks
+            looks += 1
+            if not known:
+                raise Unavailable("away")
+            return earlier
+
+    mirror = AskingMirror(rig.server.url, timeout=5.0, stale_seconds=1.0)
+    asking = RailRig(
+        Settings(_env_file=None), rig.server, restaurant=rig.restaurant, mirror=mirror, broker=MemoryBroker()
+    )
+    done = await Creations(asking.rail, Stores()).create(draft)
+    assert looks == 1
+    if known:
+        assert (done, mirror.claims) == (earlier, 1)
+    else:
+        assert isinstance(done, Committed) and (done.state.order_number, mirror.claims) == ("0001", 2)
+    await mirror.close()
 
 
 async def test_commit_continues_after_its_caller_is_cancelled(rig: VhostRail) -> None:

@@ -11,15 +11,16 @@ import pytest
 
 from deploy.local.port_check import find_free
 from services.orders.entity_changes import EntityChanges
-from services.orders.entity_reads import EntityReads, FoundState
 from services.orders.menu import Menus
 from services.orders.order_commands import OrderCommands
 from services.orders.requests import RecordPayment
 from shared.entities.contract import Head, encode, now
-from shared.entities.order import ENTITY, Order, Payment, payment_status
+from shared.entities.order import Order, Payment, payment_status
 from shared.rail import commit
-from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft
+from shared.rail.head import Heads, Standing
+from shared.rail.idempotency import FactId
+from shared.rail.outcomes import ClaimLost, Committed
 from shared.rail.record import Durability
 from shared.security.tokens import Identity, Role
 from tests.rigs import builders
@@ -200,11 +201,10 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
     """Ten other payments of the order come first; the payment is added after all of them."""
     others: list[Payment] = []
 
-    class Reads:
-        async def base(self, entity: Any, restaurant: str, id_: str) -> FoundState:
-            return FoundState(
-                ENTITY, Head(len(others) + 1, new_id()), encode(builders.order(payments=others)), "mirror"
-            )
+    class Stores:
+        async def head(self, *_: Any) -> Standing:
+            order = builders.order(payments=tuple(others))
+            return Standing(Head(len(others) + 1, new_id()), order, encode(order))
 
     class Rail:
         async def commit(self, draft: Draft) -> Committed:
@@ -213,10 +213,11 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
                 raise ClaimLost
             return Committed(draft.state, Head(len(others) + 2, new_id()), Durability.BROKER, True)
 
-    changes = EntityChanges(cast(commit.Rail, Rail()), cast(EntityReads, Reads()))
+    changes = EntityChanges(cast(commit.Rail, Rail()), cast(Heads, Stores()))
     commands = OrderCommands(changes, cast(Menus, None))
     identity = Identity(new_id(), Role.STAFF, builders.RESTAURANT)
-    done, made = await commands.pay(identity, new_id(), RecordPayment(amount=7, method="cash"))
+    fact = FactId.of(None, "order", "caller", "route", None)
+    done, made = await commands.pay(identity, new_id(), RecordPayment(amount=7, method="cash"), fact)
     assert done.state.payments == (*others, made)
     assert len(done.state.payments) == 11
 

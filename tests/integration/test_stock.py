@@ -9,12 +9,14 @@ import pytest
 from msgspec import structs
 
 from shared.entities.inventory_item import ENTITY as ITEM
+from shared.entities.inventory_item import recount_at
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import OrderStatus, StockHold
 from shared.mirror import keys
-from shared.mirror.claim_replies import Claimed, StockShort
-from shared.mirror.mirror import stock_text
+from shared.mirror.claim_replies import Claimed, Restamp, StockShort
+from shared.mirror.stock_texts import stock_text
 from shared.rail.draft import change_of
+from shared.rail.outcomes import OutOfStock
 from tests.rigs import builders
 from tests.rigs.rail.changes import draft
 from tests.rigs.servers import Redis, Servers
@@ -117,14 +119,22 @@ async def test_changed_order_asks_only_for_its_additional_stock(rig: StockRig) -
 
 async def test_uncounted_item_is_never_short_and_a_restored_item_counts_again(rig: StockRig) -> None:
     item = rig.item(2)
-    await rig.put(ORDER, rig.order((item.id, 1), created_at=item.counted_at + timedelta(hours=1)))
+    await rig.put(ORDER, rig.order((item.id, 9)))
     base = await rig.put(ITEM, item)
-    assert await rig.left(item.id) == 1
-    deleted = await rig.put(ITEM, structs.replace(item, deleted_at=item.updated_at), base)
+    assert await rig.left(item.id) == 2  # the count is after the order
+    deleted = await rig.put(ITEM, structs.replace(base[1], deleted_at=item.updated_at), base)
     await rig.put(ORDER, rig.order((item.id, 7), created_at=item.counted_at + timedelta(hours=1)))
     assert await rig.mirror.stock(rig.restaurant, [item.id]) == [None]
-    await rig.put(ITEM, item, deleted)
-    assert await rig.left(item.id) == 2 - 1 - 7
+    await rig.put(ITEM, base[1], deleted)
+    assert await rig.left(item.id) == 2 - 7
+
+
+async def test_goods_that_are_sold_already_are_taken_without_a_check(rig: StockRig) -> None:
+    dough = await rig.counted(5)
+    sold = draft(ORDER, rig.order((dough, 7)))
+    sold.sold = True
+    await rig.rail.commit(sold)
+    assert await rig.left(dough) == -2
 
 
 async def test_cold_mirror_does_not_say_what_is_left(rig: StockRig) -> None:
@@ -212,24 +222,73 @@ async def test_recount_includes_earlier_orders_but_not_what_they_take_later(rig:
     assert await rig.left(dough) == 3
 
 
-async def test_count_and_hold_agree_to_the_microsecond(rig: StockRig) -> None:
+async def test_hold_below_the_count_takes_the_time_of_the_count(rig: StockRig) -> None:
     at = datetime.fromisoformat("2026-03-14T12:30:00.001001+00:00")
     item = await rig.put(ITEM, rig.item(10, at))
     dough = item[1].id
-    for micros, left in ((-1, 10), (0, 9), (1, 8)):
-        await rig.put(ORDER, rig.order((dough, 1), created_at=at + timedelta(microseconds=micros)))
+    for micros, left, held_at in ((-1, 9, at), (0, 8, None), (1, 7, None)):
+        _, order = await rig.put(ORDER, rig.order((dough, 1), created_at=at + timedelta(microseconds=micros)))
+        assert order.holds == (StockHold(dough, 1, held_at),)
         assert await rig.left(dough) == left
 
 
-async def test_recount_during_a_claim_neither_drops_its_reservation_nor_counts_it_twice(rig: StockRig) -> None:
+async def test_count_is_above_every_hold_that_was_claimed_before_it(rig: StockRig) -> None:
     item = await rig.put(ITEM, rig.item(10))
-    dough, counted = item[1].id, builders.CREATED_AT + timedelta(hours=1)
-    base = await rig.put(ORDER, rig.order((dough, 2), created_at=counted + timedelta(minutes=1)))
-    change, _ = await rig.claim(draft(ORDER, structs.replace(base[1], holds=(StockHold(dough, 5),)), base))
-    await rig.put(ITEM, structs.replace(item[1], quantity=20, counted_at=counted), item)
-    assert await rig.left(dough) == 15
+    dough, ahead = item[1].id, builders.CREATED_AT + timedelta(hours=1)
+    base = await rig.put(ORDER, rig.order((dough, 2), created_at=ahead))
+    more = structs.replace(base[1], holds=(*base[1].holds, StockHold(dough, 3, ahead + timedelta(minutes=1))))
+    change, _ = await rig.claim(draft(ORDER, more, base))
+    _, counted = await rig.put(ITEM, structs.replace(item[1], quantity=20, counted_at=builders.CREATED_AT), item)
+    assert await rig.left(dough) == 15  # the time of the count is that of the last one, so it is no new count
+    _, counted = await rig.put(
+        ITEM, structs.replace(counted, counted_at=recount_at(counted, builders.CREATED_AT)), (_, counted)
+    )
+    assert counted.counted_at == ahead + timedelta(minutes=1, microseconds=1)
+    assert await rig.left(dough) == 20
     await rig.reveal(change)
-    assert await rig.left(dough) == 15
+    assert await rig.left(dough) == 20
+
+
+async def test_hold_reaches_a_count_that_is_claimed_and_not_revealed_yet(rig: StockRig) -> None:
+    item = await rig.put(ITEM, rig.item(10))
+    dough, ahead = item[1].id, builders.CREATED_AT + timedelta(hours=1)
+    count = draft(ITEM, structs.replace(item[1], quantity=5, counted_at=ahead), item)
+    counted, reply = await rig.claim(count)
+    assert isinstance(reply, Claimed)
+    order = rig.order((dough, 2))
+    assert (await rig.claim(draft(ORDER, order)))[1] == Restamp({dough: ahead})
+    _, order = await rig.put(ORDER, order)
+    await rig.reveal(counted)
+    assert await rig.left(dough) == 3
+    # A count that is taken back is forgotten.
+    later = draft(
+        ITEM, structs.replace(count.state, counted_at=ahead + timedelta(hours=1)), (counted.head, count.state)
+    )
+    taken_back, _ = await rig.claim(later)
+    assert await rig.mirror.take_back(taken_back)
+    assert isinstance((await rig.claim(draft(ORDER, rig.order((dough, 1), created_at=ahead))))[1], Claimed)
+
+
+async def test_host_whose_clock_is_an_hour_ahead_counts_what_all_others_then_sell(rig: StockRig) -> None:
+    now, ahead = builders.CREATED_AT, builders.CREATED_AT + timedelta(hours=1)
+    base = await rig.put(ITEM, rig.item(9, now))
+    dough = base[1].id
+    base = await rig.put(ITEM, structs.replace(base[1], quantity=5, counted_at=ahead, updated_at=ahead), base)
+
+    async def sold() -> int:
+        _, order = await rig.put(ORDER, rig.order((dough, 1), created_at=now, updated_at=now))
+        return int(order.holds[0].quantity)
+
+    assert [await sold() for _ in range(5)] == [1] * 5
+    assert await rig.left(dough) == 0
+    with pytest.raises(OutOfStock):
+        await sold()
+    # A host whose clock is right counts again.
+    counted_at = recount_at(base[1], now)
+    await rig.put(ITEM, structs.replace(base[1], quantity=3, counted_at=counted_at, updated_at=ahead), base)
+    assert await rig.left(dough) == 3
+    assert [await sold() for _ in range(3)] == [1] * 3
+    assert await rig.left(dough) == 0
 
 
 async def test_order_without_stock_costs_no_additional_redis_commands(rig: StockRig) -> None:

@@ -16,8 +16,8 @@ from itertools import groupby, permutations
 from shared.entities.contract import Change, encode
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import OutcomeUnknown, Unavailable
-from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import change_of
+from shared.rail.outcomes import ClaimLost, Committed
 from tests.model.world import Attempt, World
 from tests.rigs.rail.changes import changes_in
 
@@ -36,6 +36,10 @@ def check_always(world: World) -> None:
             assert done.head.change_id in sent, (
                 f"law 1: {attempt.tag} was acknowledged and is neither in the log nor in a journal"
             )
+        if found := attempt.standing:
+            assert found.head.change_id in sent, (
+                f"law 1: {attempt.tag} was answered with a state that is neither in the log nor in a journal"
+            )
     for id_, head in world.shown.items():
         assert id_ in documents, f"law 2: {id_} was acknowledged as visible and is not there"
         assert documents[id_][0] >= head, f"law 2: {id_} was shown at {head} and is at {documents[id_][0]}"
@@ -50,6 +54,9 @@ def hear(world: World) -> None:
         if attempt.heard or not attempt.ended:
             continue
         attempt.heard = True
+        if found := attempt.standing:
+            world.seen["commit: replayed" if found.state.notes == attempt.tag else "commit: exists"] += 1
+            continue
         if (done := attempt.committed) is None:
             error = attempt.error
             assert isinstance(error, (ClaimLost, Unavailable, OutcomeUnknown)), f"{attempt.tag} raised {error!r}"
@@ -83,10 +90,9 @@ def _absent(world: World) -> set[str]:
 
 
 def _may_exist(world: World, attempt: Attempt) -> bool:
-    """A creation whose id already has a head is answered with that head, like a repeat: the order exists. After a
-    claim in doubt, the head may be the change of this very attempt, which another process has finished."""
-    exists = isinstance(attempt.error, ClaimLost) and attempt.error.head is not None
-    return exists and attempt.draft.base is None and change_of(attempt.draft).id in world.doubted
+    """A creation whose id already has a head is answered with what stands, like a repeat: the order exists. After a
+    claim in doubt, the change of this very attempt may stand below it, if another process has finished it."""
+    return attempt.standing is not None and change_of(attempt.draft).id in world.doubted
 
 
 def _check_forks(world: World, recorded: list[Change]) -> None:

@@ -93,7 +93,7 @@ class RailMachine(RuleBasedStateMachine):
         """The draft goes to the journal. Without a journal its claim is taken back, and the test continues there. A
         replica of the mirror may stay behind at that point."""
         if attempt := self.begin(at, kind, id_):
-            happens = {"claim": "done", "look": "done", "publish": "not sent", "append": journal, "apply": "done"}
+            happens = {"claim": "done", "earlier": "done", "publish": "not sent", "append": journal, "apply": "done"}
             while mine := self.world.gate.of(attempt.owner):
                 if mine[-1].kind not in happens:
                     self.world.take_snapshot()
@@ -112,6 +112,20 @@ class RailMachine(RuleBasedStateMachine):
         refused = self.refused()
         again = refused[nth % len(refused)]
         self.world.commit(again.owner, again.draft)
+
+    def creations(self) -> list[Attempt]:
+        """Creations whose request may be repeated with its key: also those that got an order or no answer."""
+        return [one for one in self.world.attempts if one.draft.base is None]
+
+    @precondition(lambda self: self.creations())
+    @rule(nth=nths, at=instances, outcomes=outcomes, patient=st.booleans())
+    def repeats_a_creation_with_its_key(self, nth: int, at: int, outcomes: list[int], patient: bool) -> None:
+        """The client sends its request again, to any instance, while the first one may be under way."""
+        creations = self.creations()
+        later = builders.CREATED_AT + timedelta(seconds=len(self.world.attempts))
+        state = structs.replace(creations[nth % len(creations)].draft.state, updated_at=later)
+        attempt = self.world.commit(self.world.instances[at], draft(ORDER, state))
+        self.step(attempt.owner, outcomes, patient)
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -309,7 +323,7 @@ def assert_reached(seen: Counter[str]) -> None:
     """Asserts that the run reached every dangerous outcome, because a model that does not reach them checks nothing."""
     required = {f"{kind}: {outcome}" for kind, outcomes in OUTCOMES.items() for outcome in outcomes}
     required |= {"commit: broker, visible", "commit: broker, not visible", "commit: journal, visible"}
-    required |= {"commit: ClaimLost", "commit: Unavailable", "commit: OutcomeUnknown", "crash", "fork"}
-    required |= {"clock jumps by -2 h", "clock jumps by 2 h", "restored"}
+    required |= {"commit: replayed", "commit: exists", "commit: ClaimLost", "commit: Unavailable"}
+    required |= {"commit: OutcomeUnknown", "crash", "fork", "clock jumps by -2 h", "clock jumps by 2 h", "restored"}
     required |= {f"claim: {reply}" for reply in ("Claimed", "Cold", "Busy", "Stale", "HeadMoved")}
     assert not (missing := required - {name for name, count in seen.items() if count}), f"never happened: {missing}"

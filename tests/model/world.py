@@ -9,19 +9,21 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from msgspec import structs
 
-from shared.entities.contract import Head
+from shared.entities.contract import Head, encode
+from shared.entities.entity import Entity
 from shared.errors import Unavailable
 from shared.mirror.claim_replies import Claimed, Stale
 from shared.mirror.identity import mirror_identity
-from shared.rail.commit import ClaimLost, Committed
 from shared.rail.draft import Draft
+from shared.rail.head import Standing
+from shared.rail.idempotency import Creations
 from shared.rail.journal import Journal
+from shared.rail.outcomes import ClaimLost, Committed
 from shared.settings import Settings
 from tests.rigs import builders
 from tests.rigs.rail.broker import MemoryBroker
@@ -53,7 +55,7 @@ class InlineExecutor(Executor):
 class Attempt:
     draft: Draft
     owner: RailRig
-    task: "asyncio.Task[Committed]"
+    task: "asyncio.Task[Committed | Standing]"
     crashed: bool = False
     heard: bool = False
 
@@ -72,11 +74,32 @@ class Attempt:
     @property
     def refused(self) -> bool:
         """True if no reader may see the change of this attempt."""
-        return isinstance(self.error, (ClaimLost, Unavailable))
+        exists = self.standing is not None and self.standing.state.notes != self.tag
+        return exists or isinstance(self.error, (ClaimLost, Unavailable))
 
     @property
     def committed(self) -> Committed | None:
+        return done if isinstance(done := self._result, Committed) else None
+
+    @property
+    def standing(self) -> Standing | None:
+        """What an earlier creation with this id has made."""
+        return done if isinstance(done := self._result, Standing) else None
+
+    @property
+    def _result(self) -> Committed | Standing | None:
         return self.task.result() if self.ended and self.error is None else None
+
+
+class _Stores:
+    """Both stores, in which a creation without a claim looks for an earlier one."""
+
+    def __init__(self, world: "World") -> None:
+        self._world = world
+
+    async def earlier(self, entity: Entity, restaurant: str, id_: str) -> Standing | None:
+        found = await self._world.present(id_)
+        return None if found is None else Standing(*found, encode(found[1]))
 
 
 class World:
@@ -107,6 +130,7 @@ class World:
         """Entity -> the largest head that a commit called visible since the mirror was last lost."""
         self.snapshot: Copy | None = None
         self.snapshot_offset = -1
+        self._creations: dict[RailRig, Creations] = {}
         self.run(self.server.wipe())
         for old in self._folder.iterdir():
             old.unlink()
@@ -117,7 +141,7 @@ class World:
         path = self._folder / f"{at + 1}.sqlite"
         journal = Journal(path, instance=at + 1, max_bytes=1 << 20, executor=InlineExecutor())
         self.run(journal.open())
-        return RailRig(
+        rig = RailRig(
             self._settings,
             self.server,
             journal=journal,
@@ -127,6 +151,15 @@ class World:
             clock=self.clock.monotonic,
             sleep=self.clock.sleep,
         )
+        patience = Clock(builders.CREATED_AT)  # two refusals reach the timeout of a repeat
+
+        async def pause(_: float) -> None:
+            patience.move(seconds=2.1)
+            await asyncio.sleep(0)
+
+        stores = self.gate.before(_Stores(self), rig)
+        self._creations[rig] = Creations(rig.rail, stores, clock=patience.monotonic, sleep=pause)
+        return rig
 
     def run(self, work: Awaitable[T]) -> T:
         """Runs `work`, and then every task of the rails until its next call."""
@@ -166,8 +199,8 @@ class World:
             self.claimed_in[step.arguments[0].id].discard(self.life)
 
     def commit(self, owner: RailRig, draft: Draft) -> Attempt:
-        look = partial(self.gate.ask, owner, "look", self.present, draft.state.id)
-        task = self.start(owner.rail.commit(structs.replace(draft, existing=look)))
+        own = structs.replace(draft, keyed=draft.base is None)
+        task = self.start(owner.rail.commit(own) if draft.base else self._creations[owner].create(own))
         self.attempts.append(Attempt(draft, owner, task))
         return self.attempts[-1]
 

@@ -4,13 +4,13 @@ import asyncio
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.orders.entity_changes import Receipt
+from services.orders.idempotency import RequestKey
 from services.orders.requests import MoveLoyalty, MoveStock, SetAvailability
 from services.orders.route_context import RouteContext, context_of, receipt_reply
 from shared.entities import bay, customer, inventory_item, menu_item
@@ -22,6 +22,7 @@ from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id
 from shared.http.replies import success
+from shared.rail.idempotency import FactId
 from shared.security.tokens import Identity
 
 # A state keeps its latest moves, so that a repeat is recognised. PostgreSQL keeps all moves.
@@ -82,11 +83,14 @@ async def _set_one(context: RouteContext, identity: Identity, id_: str, availabl
     body=MoveStock,
     answer=View(inventory_item.ENTITY, {"available": int | None, "held": int | None, "low": bool | None}),
     errors=(404,),
+    headers=("Idempotency-Key",),
     example={"quantity": 24, "reason": "delivery 4711"},
 )
 async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
+    key = RequestKey.of(request, "POST /api/inventory/{inventory_item_id}/moves")
     requested = read_body(await request.whole_body(), MoveStock)
     id_ = path_id(inventory_item_id, "inventory_item_id")
+    fact = key.fact_id(requested.id, id_)
 
     def apply(item: InventoryItem, move: StockMove, at: datetime) -> InventoryItem:
         if item.quantity + move.quantity < 0:
@@ -96,7 +100,9 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
         moves = (*item.moves, move)[-_MAX_MOVES_IN_STATE:]
         return msgspec.structs.replace(item, quantity=item.quantity + move.quantity, moves=moves, updated_at=at)
 
-    receipt = await _record_move(request, inventory_item.ENTITY, id_, requested, "moves", StockMove, "quantity", apply)
+    receipt = await _record_move(
+        request, inventory_item.ENTITY, id_, requested, fact, "moves", StockMove, "quantity", apply
+    )
     context = context_of(request)
     return receipt_reply(receipt, **(await context.figures.available(receipt.state.restaurant_id, [receipt.state]))[0])
 
@@ -110,18 +116,21 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     body=MoveLoyalty,
     answer=View(customer.ENTITY, {"loyalty_points": int | None, "total_spent": int | None, "visits": int | None}),
     errors=(404,),
+    headers=("Idempotency-Key",),
     example={"points": -50, "reason": "free coffee"},
 )
 async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
+    key = RequestKey.of(request, "POST /api/customers/{customer_id}/loyalty")
     requested = read_body(await request.whole_body(), MoveLoyalty)
     id_, context, tenant = path_id(customer_id, "customer_id"), context_of(request), request.identity.tenant
+    fact = key.fact_id(requested.id, id_)
     restaurant = (await context.menus.book(tenant)).restaurant
     points, counted = 0, frozenset[str]()
     if requested.points < 0:
         before = await context.figures.current_state(customer.ENTITY, tenant, id_)
         counted = frozenset(move.id for move in before.loyalty_moves)
         found = (await context.figures.totals(restaurant, [before]))[0]["loyalty_points"]
-        if found is None and str(requested.id) not in counted:
+        if found is None and fact.id not in counted:
             raise Unavailable("redeeming points needs the database, which is unavailable", retry_after=2.0)
         points = found or 0
 
@@ -139,7 +148,7 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
         return msgspec.structs.replace(one, loyalty_moves=moves, updated_at=at)
 
     receipt = await _record_move(
-        request, customer.ENTITY, id_, requested, "loyalty_moves", LoyaltyMove, "points", apply
+        request, customer.ENTITY, id_, requested, fact, "loyalty_moves", LoyaltyMove, "points", apply
     )
     return receipt_reply(receipt, **(await context.figures.totals(restaurant, [receipt.state]))[0])
 
@@ -149,6 +158,7 @@ async def _record_move(
     entity: Any,
     id_: str,
     requested: Any,
+    fact: FactId,
     moves_field: str,
     type_: Any,
     amount: str,
@@ -158,20 +168,20 @@ async def _record_move(
     value = getattr(requested, amount)
     if value == 0:
         raise InvalidInput("must not be 0", field=amount)
-    context, tenant, move_id = context_of(request), request.identity.tenant, str(requested.id or uuid4())
+    context, tenant = context_of(request), request.identity.tenant
     old = None
-    if requested.id is not None:
+    if fact.repeatable:
         before = await context.figures.current_state(entity, tenant, id_)
         if len(getattr(before, moves_field)) >= _MAX_MOVES_IN_STATE:
-            old = await context.figures.move(entity.facts[0], type_, tenant, id_, move_id)
+            old = await context.figures.move(entity.facts[0], type_, tenant, id_, fact.id)
 
     def change(state: Any, at: datetime) -> tuple[str, Any]:
-        earlier = next((one for one in getattr(state, moves_field) if one.id == move_id), old)
+        earlier = next((one for one in getattr(state, moves_field) if one.id == fact.id), old)
         if earlier is None:
-            move = type_(id=move_id, created_at=at, reason=requested.reason, **{amount: value})
+            move = type_(id=fact.id, created_at=at, reason=requested.reason, **{amount: value})
             return "updated", apply(state, move, at)
         if (getattr(earlier, amount), earlier.reason) != (value, requested.reason):
-            raise Conflict("this id was used for another move", code="move_id_reused", field="id")
+            raise fact.reused("move")
         return "updated", state
 
     return await context.changes.change(request.identity, entity, id_, None, change, adds_fact=True)

@@ -9,7 +9,7 @@ from litestar.types import ASGIApp
 from msgspec import UNSET
 
 from services.orders.entity_changes import Receipt
-from services.orders.idempotency import id_for, idempotency_key
+from services.orders.idempotency import RequestKey
 from services.orders.lists import list_reply, selection
 from services.orders.resources import RESOURCES, Context, Resource
 from services.orders.route_context import RouteContext, context_of, found_reply, receipt_reply
@@ -54,12 +54,12 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         example=resource.example,
     )
     async def create(request: Call) -> ASGIApp:
-        key = idempotency_key(request)
+        key = RequestKey.of(request, f"POST {resource.path}")
         fields = requested_fields(read_body(await request.whole_body(), resource.create))
         identity, context = request.identity, context_of(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
         prepared = await resource.prepare(context.figures, restaurant, fields, None)
-        id_ = id_for(identity, f"POST {resource.path}", key)
+        id_ = key.entity_id()
 
         def made(at: datetime) -> Any:
             return resource.new(id_, fields, Context(restaurant, at, prepared))
@@ -69,8 +69,8 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             identity,
             entity,
             id_,
-            key,
             made,
+            keyed=key.key is not None,
             same=lambda one: one.updated_at > one.created_at or one == made(one.created_at),
         )
         return await _reply(request, receipt, status=201)

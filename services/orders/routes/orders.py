@@ -6,7 +6,7 @@ from typing import Any
 
 from litestar.types import ASGIApp
 
-from services.orders.idempotency import idempotency_key
+from services.orders.idempotency import RequestKey
 from services.orders.lists import list_reply, selection
 from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.route_context import context_of, found_reply, receipt_reply
@@ -58,10 +58,10 @@ def version_in(request: Call) -> int | None:
     },
 )
 async def place_order(request: Call) -> ASGIApp:
-    key = idempotency_key(request)
-    requested = read_body(await request.whole_body(), PlaceOrder)
+    key, body = RequestKey.of(request, "POST /api/orders"), await request.whole_body()
+    requested = read_body(body, PlaceOrder)
     identity, context = request.identity, context_of(request)
-    receipt = await context.order_commands.place(identity, requested, key)
+    receipt = await context.order_commands.place(identity, requested, body, key)
     more: dict[str, Any] = {}
     if receipt.replayed:
         # The reply is complete without the sync state, so a failed read does not matter.

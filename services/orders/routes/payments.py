@@ -5,6 +5,7 @@ from datetime import date, datetime, timedelta
 from litestar.types import ASGIApp
 from msgspec import Struct
 
+from services.orders.idempotency import RequestKey
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
 from services.orders.route_context import RouteContext, context_of, receipt_reply
 from shared.entities import order as orders
@@ -61,18 +62,20 @@ class Summary(Struct, frozen=True):
     action="payments.record",
     tag="Payments",
     summary="Record a payment or a refund (a negative amount)",
-    description="A payment with the same `id` is recorded once, however often it is sent. A refund cannot exceed what"
-    " was paid.",
+    description="A payment with the same `id` or the same `Idempotency-Key` is recorded once, however often it is sent."
+    " A refund cannot exceed what was paid.",
     body=RecordPayment,
     answer=View(orders.ENTITY, {"payment": Payment}),
     status=201,
     errors=(404,),
+    headers=("Idempotency-Key",),
     example={"id": "0b9df4a0-93b2-4c55-9a5e-5f1a6c1d9a11", "amount": 1500, "method": "card", "reference": "auth 77"},
 )
 async def record_payment(request: Call, order_id: str) -> ASGIApp:
-    requested = read_body(await request.whole_body(), RecordPayment)
+    key = RequestKey.of(request, "POST /api/orders/{order_id}/payments")
+    requested, id_ = read_body(await request.whole_body(), RecordPayment), path_id(order_id, "order_id")
     receipt, payment = await context_of(request).order_commands.pay(
-        request.identity, path_id(order_id, "order_id"), requested
+        request.identity, id_, requested, key.fact_id(requested.id, id_)
     )
     return receipt_reply(receipt, status=201, payment=payment)
 

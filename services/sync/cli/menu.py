@@ -5,14 +5,14 @@ from uuid import UUID
 import msgspec
 
 from shared.entities import menu_item
-from shared.entities.contract import Head, now
+from shared.entities.contract import now
 from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound
 from shared.mirror.mirror import Mirror
-from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
 from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.head import Heads
 
 _ENTITY = menu_item.ENTITY
 _BETWEEN = """
@@ -39,7 +39,10 @@ async def edit_dish(
 ) -> MenuItem:
     """Commits the next version of a dish and returns its state. Raises NotFound, ClaimLost if another change came
     first, and Unavailable while the mirror is cold."""
-    base, before = await _head(postgres, mirror, restaurant, dish_id)
+    found = await Heads(mirror, lambda _: postgres.connection()).head(_ENTITY, restaurant, dish_id)
+    if found is None:
+        raise NotFound("no such dish")
+    base, before, raw = found
     at = now()
     after = msgspec.structs.replace(
         before,
@@ -47,18 +50,9 @@ async def edit_dish(
         is_available=before.is_available if available is None else available,
         updated_at=at,
     )
-    draft = Draft(entity=_ENTITY, event="updated", state=after, base=base, before=before, at=at, source="sync")
+    draft = Draft(
+        entity=_ENTITY, event="updated", state=after, base=base, before=before, base_raw=raw, at=at, source="sync"
+    )
     committed = await rail.commit(draft)
     changed: MenuItem = committed.state
     return changed
-
-
-async def _head(postgres: Postgres, mirror: Mirror, restaurant: str, dish_id: str) -> tuple[Head, MenuItem]:
-    _, (document,) = await mirror.read(restaurant, _ENTITY.name, [dish_id])
-    if document is not None:
-        return document.head, _ENTITY.decode_state(document.state)
-    async with postgres.connection() as connection:
-        stored = await states.find_state(connection, _ENTITY, restaurant, dish_id)
-    if stored is None:
-        raise NotFound("no such dish")
-    return stored.head, _ENTITY.decode_state(stored.state)

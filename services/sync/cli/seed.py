@@ -12,16 +12,18 @@ from uuid import NAMESPACE_URL, uuid5
 
 from services.sync.cli.user_accounts import add_user
 from shared.entities import menu_item, table
-from shared.entities.contract import Head, encode, now
+from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
 from shared.entities.menu_item import MenuItem
 from shared.entities.table import DiningTable
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
-from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
-from shared.rail.commit import ClaimLost, Rail
+from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.head import Heads
+from shared.rail.idempotency import Creations
+from shared.rail.outcomes import ClaimLost, Committed
 from shared.restaurants import Restaurant
 from shared.security.tokens import Identity, Role, Tokens
 
@@ -86,7 +88,8 @@ class Seeder:
         `secret`, so every seeding gives the same ones."""
         self._postgres = postgres
         self._mirror = mirror
-        self._rail = rail
+        self._heads = Heads(mirror, lambda _: postgres.connection())
+        self._creations = Creations(rail, self._heads)
         self._tokens = tokens
         self._api_key = _derived_secret(secret, "demo-terminal", 40)
         self._password = _derived_secret(secret, "demo-password", 20)
@@ -173,25 +176,11 @@ class Seeder:
             session_id="demo-session" if role is Role.CUSTOMER else None,
         )
 
-    async def _exists(self, entity: Entity, state: Any) -> bool:
-        with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # PostgreSQL answers too
-            _, (document,) = await self._mirror.read(state.restaurant_id, entity.name, [state.id])
-            if document is not None:
-                return True
-        async with self._postgres.connection() as connection:
-            return await states.find_state(connection, entity, state.restaurant_id, state.id) is not None
-
     async def _create(self, entity: Entity, state: Any) -> bool:
         """Creates the entity. Returns False if the entity exists already, in any version."""
         # The commit would accept the same creation again as a repeat of the first one, and publish it again.
-        if await self._exists(entity, state):
+        if await self._heads.earlier(entity, state.restaurant_id, state.id) is not None:
             return False
-
-        async def existing() -> tuple[Head, Any] | None:
-            async with self._postgres.connection() as connection:
-                stored = await states.find_state(connection, entity, state.restaurant_id, state.id)
-            return None if stored is None else (stored.head, entity.decode_state(stored.state))
-
         draft = Draft(
             entity=entity,
             event="created",
@@ -200,10 +189,9 @@ class Seeder:
             before=None,
             at=now(),
             source="import",
-            existing=existing,
+            keyed=True,
         )
         try:
-            await self._rail.commit(draft)
+            return isinstance(await self._creations.create(draft), Committed)
         except ClaimLost:
             return False
-        return True

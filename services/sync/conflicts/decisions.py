@@ -20,17 +20,18 @@ from msgspec import UNSET, Struct
 from services.sync.conflicts import store as conflict_store
 from services.sync.conflicts.store import Fork, Side
 from services.sync.difference import difference
-from services.sync.head import commit, current_head, record_first
+from services.sync.operator_changes import commit, record_first
 from shared.entities import inventory_item, registry
 from shared.entities import order as orders
 from shared.entities.contract import Head, encode, now
 from shared.entities.entity import Entity
-from shared.entities.order import Order, OrderStatus, payment_status
+from shared.entities.order import Order, OrderStatus, held_again, payment_status
 from shared.errors import Conflict, InvalidInput
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
 from shared.rail.commit import Rail
+from shared.rail.head import Heads
 
 _DERIVED_FIELDS = frozenset({"updated_at", "payment_status"})
 
@@ -101,16 +102,17 @@ class ConflictDecisions:
         """Commits the change that restores the values of the change `keep`. Returns the id of the new change, or None
         if the entity already has these values."""
         entity = registry.ENTITIES[conflict.entity]
-        base = await current_head(connection, self._mirror, entity, conflict.restaurant_id, conflict.entity_id)
+        heads = Heads.through(connection, self._mirror)
+        base = await heads.head(entity, conflict.restaurant_id, conflict.entity_id)
         if base is None:
             raise Conflict("the entity does not exist any more", code="changed_since", fields=[])
         if keep == winner.change_id:
-            after = with_decision(entity, base[1], kept=winner.state, dropped=loser.state, strict=False)
+            after = with_decision(entity, base.state, kept=winner.state, dropped=loser.state, strict=False)
         else:
-            after = with_decision(entity, base[1], kept=loser.state, dropped=winner.state, strict=True)
-        if after == base[1]:
+            after = with_decision(entity, base.state, kept=loser.state, dropped=winner.state, strict=True)
+        if after == base.state:
             return None
-        return await commit(self._rail, entity, event_between(entity, base[1], after), after, base, actor=actor)
+        return await commit(self._rail, entity, event_between(entity, base.state, after), after, base, actor=actor)
 
 
 def with_decision(entity: Entity, current: Any, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool) -> Any:
@@ -153,9 +155,7 @@ def with_decision(entity: Entity, current: Any, *, kept: dict[str, Any], dropped
 
 def _with_derived_order_fields(before: Order, after: Order, at: datetime) -> Order:
     if _is_closed(before) and not _is_closed(after):
-        # The holds begin again now: the stock may have been counted since the order released it.
-        holds = tuple(msgspec.structs.replace(hold, held_at=at) for hold in after.holds)
-        after = msgspec.structs.replace(after, holds=holds)
+        after = msgspec.structs.replace(after, holds=held_again(after, at))
     return msgspec.structs.replace(after, payment_status=payment_status(after.payments, after.total))
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import structlog
 
-from services.sync.head import current_head
 from shared.entities import order as orders
 from shared.entities.contract import now
 from shared.entities.order import Payment, payment_status
@@ -21,8 +20,10 @@ from shared.errors import InvalidInput, Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import money
 from shared.postgres.pool import Postgres
-from shared.rail.commit import ClaimLost, Rail
+from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.head import Heads
+from shared.rail.outcomes import ClaimLost
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +38,7 @@ class ForkedPayments:
     def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
         """`postgres`: a pool of the writer role."""
         self._postgres = postgres
-        self._mirror = mirror
+        self._heads = Heads(mirror, lambda _: postgres.connection())
         self._rail = rail
         self._since = now() - _LOOK_BACK
 
@@ -63,11 +64,10 @@ class ForkedPayments:
 
     async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
         """Adds payments to an order. Returns False if the order does not exist, or if its head already has them."""
-        async with self._postgres.connection() as connection:
-            found = await current_head(connection, self._mirror, _ENTITY, restaurant, id_)
+        found = await self._heads.head(_ENTITY, restaurant, id_)
         if found is None:
             return False
-        base, order = found
+        base, order, raw = found
         known = {payment.id for payment in order.payments}
         payments = (*order.payments, *(payment for payment in payments if payment.id not in known))
         if len(payments) == len(order.payments):
@@ -83,6 +83,7 @@ class ForkedPayments:
                 state=after,
                 base=base,
                 before=order,
+                base_raw=raw,
                 at=at,
                 source="sync",
                 actor="reconciler",

@@ -14,13 +14,15 @@ from services.sync.dead_letters import actions
 from services.sync.dead_letters.editing import edited_event, event_in
 from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
 from services.sync.difference import difference
-from services.sync.head import commit, current_head, head_in_mirror, head_in_postgres, record_first
+from services.sync.operator_changes import commit, record_first
 from shared.entities import registry
-from shared.entities.contract import now
+from shared.entities.contract import encode, now
 from shared.errors import InvalidInput
 from shared.mirror.mirror import Mirror
+from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
 from shared.rail.commit import Rail
+from shared.rail.head import Heads
 
 
 class DeadLetterRepairs:
@@ -41,8 +43,9 @@ class DeadLetterRepairs:
                 dead_letter = await actions.take(connection, id_, revision=revision)
                 original = event_in(dead_letter.body)
                 entity, name, state = edited_event(original, event)
-                base = await current_head(connection, self._mirror, entity, state.restaurant_id, state.id)
-                recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor)
+                base = await Heads.through(connection, self._mirror).head(entity, state.restaurant_id, state.id)
+                sent = encode(event["data"]["after"])
+                recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor, made_from=sent)
                 return await actions.replace(
                     connection,
                     id_,
@@ -78,20 +81,17 @@ class DeadLetterRepairs:
         """Commits a change that reverts the change of the dead letter. Returns the id of the new change, or None if the
         mirror does not show the change of the dead letter."""
         entity = registry.ENTITIES.get(dead_letter.entity or "")
-        if (
-            entity is None
-            or dead_letter.restaurant_id is None
-            or dead_letter.entity_id is None
-            or dead_letter.change_id is None
-        ):
+        restaurant, id_ = dead_letter.restaurant_id, dead_letter.entity_id
+        if entity is None or restaurant is None or id_ is None or dead_letter.change_id is None:
             return None
-        shown = await head_in_mirror(self._mirror, entity, dead_letter.restaurant_id, dead_letter.entity_id)
-        if shown is None or shown[0].change_id != dead_letter.change_id:
+        shown = await Heads.through(connection, self._mirror).head(entity, restaurant, id_)
+        if shown is None or shown.head.change_id != dead_letter.change_id:
             return None
-        before = await head_in_postgres(connection, entity, dead_letter.restaurant_id, dead_letter.entity_id)
-        if before is not None and before[0] >= shown[0]:
+        stored = await states.find_state(connection, entity, restaurant, id_)
+        if stored is None:
+            gone = msgspec.structs.replace(shown.state, deleted_at=now())
+            return await commit(self._rail, entity, "deleted", gone, shown, actor=actor)
+        if stored.head >= shown.head:
             return None  # PostgreSQL has this change or a later one, so there is nothing to revert
-        if before is not None:
-            return await commit(self._rail, entity, "updated", before[1], shown, actor=actor)
-        gone = msgspec.structs.replace(shown[1], deleted_at=now())
-        return await commit(self._rail, entity, "deleted", gone, shown, actor=actor)
+        before = entity.decode_state(stored.state)
+        return await commit(self._rail, entity, "updated", before, shown, actor=actor, made_from=stored.state)

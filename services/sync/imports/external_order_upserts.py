@@ -19,8 +19,11 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.rail.commit import ClaimLost, Rail
+from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.head import Heads, Standing
+from shared.rail.idempotency import Creations
+from shared.rail.outcomes import ClaimLost, Committed
 from shared.restaurants import Restaurant, find_restaurant
 
 _ENTITY = orders.ENTITY
@@ -42,7 +45,8 @@ class ExternalOrderUpserts:
         self._mirror = mirror
         self._rail = rail
         self._source = source
-        self._window = timedelta(days=window_days)
+        self._heads = Heads(mirror, postgres.tenant, window=timedelta(days=window_days))
+        self._creations = Creations(rail, self._heads)
         self._restaurants: dict[str, tuple[float, Restaurant]] = {}
 
     async def unknown(self, external_orders: Sequence[ExternalOrder]) -> set[str]:
@@ -72,11 +76,12 @@ class ExternalOrderUpserts:
         `upsert` reads it. Raises InvalidInput, NotFound (no such restaurant), Conflict, Unavailable, OutcomeUnknown."""
         restaurant = await self.restaurant(str(external.restaurant_id))
         deadline, tried = time.monotonic() + _WAIT_SECONDS, 0
+        found: Standing | None = None
         while True:
             at = now()
             state = new_order(external, restaurant, at)
-            found = None if new and tried == 0 else await self._head(state, external)
-            base, before = (None, None) if found is None else found
+            known = found if found or (new and tried == 0) else await self._known(state, external)
+            base, before = (None, None) if known is None else (known.head, known.state)
             if before is not None and base is not None:
                 if (before.currency, before.tax_basis_points) != (state.currency, state.tax_basis_points):
                     # An order keeps its currency and its tax rate, even if those of the restaurant have changed.
@@ -94,22 +99,25 @@ class ExternalOrderUpserts:
                 state=state,
                 base=base,
                 before=before,
+                base_raw=None if known is None else known.raw,
                 at=at,
                 source=self._source,
                 lane=lane or lane_of_external(external, before, state, at),
-                existing=lambda state=state: self._head(state, external),  # type: ignore[misc]
+                keyed=True,
             )
+            lost: ClaimLost | None = None
+            found = None
             try:
-                done = await self._rail.commit(draft)
-            except ClaimLost as lost:
-                if time.monotonic() > deadline:
-                    raise Conflict(
-                        "too many concurrent updates of this order; retry", code="version_conflict"
-                    ) from lost
-                tried += 1
-                await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
-                continue
-            return UpsertedOrder("created" if before is None else "updated", done.state, done.head)
+                done = await (self._creations.create(draft) if base is None else self._rail.commit(draft))
+                if isinstance(done, Committed):
+                    return UpsertedOrder("created" if before is None else "updated", done.state, done.head)
+                found = done
+            except ClaimLost as error:
+                lost = error
+            if time.monotonic() > deadline:
+                raise Conflict("too many concurrent updates of this order; retry", code="version_conflict") from lost
+            tried += 1
+            await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
     async def restaurant(self, id_: str) -> Restaurant:
         """Returns a restaurant, at most a minute old while PostgreSQL is available. Raises NotFound, Unavailable."""
@@ -135,21 +143,13 @@ class ExternalOrderUpserts:
             return None
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
-    async def _head(self, state: Order, external: ExternalOrder) -> tuple[Head, Order] | None:
-        """Returns (head, state) of an order from a warm mirror, otherwise from PostgreSQL, or None if neither has the
-        order. Raises Unavailable."""
+    async def _known(self, state: Order, external: ExternalOrder) -> Standing | None:
+        """Returns what stands of an order, or None if it does not exist. Without a warm mirror the order can only be
+        created: raises Unavailable if it exists, and if no store can answer."""
         restaurant, id_ = state.restaurant_id, state.id
         try:
-            warm, (document,) = await self._mirror.read(restaurant, _ENTITY.name, [id_])
-        except (MirrorUnavailable, MirrorInDoubt):
-            warm, document = False, None
-        if document is not None and warm:
-            return document.head, _ENTITY.decode_state(document.state)
-        try:
-            async with self._postgres.tenant(restaurant) as connection:
-                stored = await states.find_state(connection, _ENTITY, restaurant, id_)
-        except UNAVAILABLE as error:
-            if warm and external.created_at is not None and now() - external.created_at < self._window:
-                return None  # the mirror would have an order of this age, so the order does not exist
-            raise Unavailable("the order cannot be read; retry", retry_after=2.0) from error
-        return None if stored is None else (stored.head, _ENTITY.decode_state(stored.state))
+            return await self._heads.head(_ENTITY, restaurant, id_, external.created_at)
+        except Unavailable:
+            if await self._heads.earlier(_ENTITY, restaurant, id_) is not None:
+                raise
+            return None

@@ -22,8 +22,9 @@ from shared.mirror.mirror import Mirror
 from shared.mirror.stored_heads import FailedState, StoredHead
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.rail.commit import ClaimLost, OutOfStock, Rail
+from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.outcomes import ClaimLost, OutOfStock
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)

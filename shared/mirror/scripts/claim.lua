@@ -6,14 +6,16 @@
 --       9 the stock that the change holds (see stock.lua)
 --       10 deadline (ms, on this server's clock; '': none). Without it, a server that was frozen would execute the claim
 --          long after the caller has given up, and a creation would exist twice.
+--       11 the lane in which the change will be recorded, also by another process that finishes the claim
 -- Replies
 --   {"claimed", number}                     the change holds the claim (also if this call was executed before)
 --   {"cold"}                                the mirror writer has not filled this mirror
 --   {"late"}                                the deadline has passed; nothing was claimed
 --   {"busy"}                                another change holds a fresh claim
---   {"stale", change id, event, number}     another change holds a stale claim, which is now marked: finish it first
+--   {"stale", change id, event, number, lane}  another change holds a stale claim, which is now marked: finish it first
 --   {"head_moved", version, change id, state}  the base is not the head (for a creation: the entity exists)
 --   {"short", item, left, item, left...}    the stock has less than the change wants
+--   {"restamp", item, µs, item, µs...}      a hold is below the count, or a count not above the holds: take these times
 local mirror, prefix, prefix_until = warm_identity(KEYS[4])
 if not mirror then
   return {'cold'}
@@ -23,7 +25,7 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local doc = redis.call('HMGET', KEYS[1], 'v', 'c', 'd')
 local version = tonumber(doc[1]) or 0
-local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'mirror')
+local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'mirror', 'l')
 if claim[1] and claim[6] ~= mirror then
   -- The claim was made in another mirror and came here with an older copy of its data. The owner may have taken the claim
   -- back after that copy was made, so its change must not be finished.
@@ -48,7 +50,7 @@ if claim[1] then
       return {'busy'}
     end
     redis.call('HSET', KEYS[2], 'marked', 1)
-    return {'stale', claim[1], claim[3], claim[4]}
+    return {'stale', claim[1], claim[3], claim[4], claim[7]}
   end
 end
 -- If there is no doc, the entity has left the live window. The caller has then read the base from PostgreSQL, and the
@@ -60,11 +62,11 @@ end
 if ARGV[10] ~= '' and now > tonumber(ARGV[10]) then
   return {'late'}
 end
-local short, reserved = nil, ''
+local refused, reserved = nil, ''
 if ARGV[9] ~= '' then
-  short, reserved = reserve(KEYS[1], ARGV[9])
-  if short then
-    return short
+  refused, reserved = reserve(KEYS[1], ARGV[9])
+  if refused then
+    return refused
   end
 end
 local number = ''
@@ -73,6 +75,6 @@ if ARGV[6] == '1' then
   number = next_order_number(KEYS[5], day <= prefix_until and prefix or '')
 end
 redis.call('HSET', KEYS[2], 'c', ARGV[1], 'v', ARGV[2], 'e', ARGV[5], 'n', number, 'at', now,
-  'mirror', mirror, 'h', reserved)
+  'mirror', mirror, 'h', reserved, 'l', ARGV[11])
 redis.call('ZADD', KEYS[3], now, ARGV[7])
 return {'claimed', number}

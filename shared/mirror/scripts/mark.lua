@@ -1,9 +1,9 @@
 -- with identity.lua, stock.lua
 -- mark: marks a stale claim, so that the caller can finish its change.
 -- KEYS  1 doc  2 claim  3 claims  4 warm stamp    ARGV  1 claims member  2 age at which a claim is stale (ms)
--- Replies {} when there is nothing to finish, otherwise {change id, event, number}.
+-- Replies {} when there is nothing to finish, otherwise {change id, event, number, lane}.
 -- A claim of another mirror is removed, not finished: it may have been taken back after this copy was made.
-local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'mirror')
+local claim = redis.call('HMGET', KEYS[2], 'c', 'v', 'e', 'n', 'at', 'mirror', 'l')
 if
   not claim[1]
   or claim[6] ~= warm_identity(KEYS[4])
@@ -21,4 +21,4 @@ if age >= 0 and age < tonumber(ARGV[2]) then
   return {}
 end
 redis.call('HSET', KEYS[2], 'marked', 1)
-return {claim[1], claim[3], claim[4]}
+return {claim[1], claim[3], claim[4], claim[7]}

@@ -16,7 +16,7 @@ from shared.rail.journal import JournalBroken
 from tests.rigs.rail.clock import Clock
 
 # The possible outcomes of each call; the first is success. A `late` call happens when the test chooses, or never.
-# `look` is the draft's search for an earlier creation.
+# `earlier` is the search for an earlier creation.
 OUTCOMES = {
     "claim": ("done", "done", "done", "done", "done, unheard", "done, unheard", "never", "late", "unavailable"),
     "apply": ("done", "done", "done", "done", "done, unheard", "never", "late", "unavailable"),
@@ -25,7 +25,7 @@ OUTCOMES = {
     "append": ("done", "done", "done", "broken", "broken"),
     "reserve_numbers": ("done", "done", "done", "broken"),
     "remove": ("done", "done", "broken"),
-    "look": ("done", "done", "done", "no answer"),
+    "earlier": ("done", "done", "done", "no answer"),
 }
 _ERRORS: dict[str, type[Exception]] = {
     "broken": JournalBroken,
@@ -69,12 +69,20 @@ class Gate:
         return _Gated(self, part, owner)
 
     async def ask(
-        self, owner: Any, kind: str, call: Callable[..., Any], *arguments: Any, within: float | None = None
+        self,
+        owner: Any,
+        kind: str,
+        call: Callable[..., Any],
+        *arguments: Any,
+        within: float | None = None,
+        **named: Any,
     ) -> Any:
         """`within` is not passed on, because the server has another clock than the test."""
         if owner in self._dead:
             raise asyncio.CancelledError
-        step = Step(kind, owner, call, arguments, self._note, asyncio.get_running_loop().create_future())
+        step = Step(
+            kind, owner, partial(call, **named), arguments, self._note, asyncio.get_running_loop().create_future()
+        )
         self.steps.append(step)
         return await step.reply
 

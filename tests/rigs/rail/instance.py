@@ -1,22 +1,27 @@
 """One process with a rail: whole commits, and their steps one by one."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 from msgspec import structs
 
+from shared.entities import registry
 from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import Entity
 from shared.entities.order import ENTITY as ORDER
-from shared.messaging.topology import lane_of
 from shared.mirror.claim_replies import Claimed, ClaimReply, Stale
-from shared.mirror.mirror import Mirror, stock_text
+from shared.mirror.mirror import Mirror
+from shared.mirror.stock_texts import claimed_stock_text
 from shared.rail.assemble import assemble_rail
-from shared.rail.commit import Committed
 from shared.rail.draft import Draft, change_of
 from shared.rail.drain import Drainer
+from shared.rail.head import Heads
+from shared.rail.idempotency import Creations
 from shared.rail.journal import Journal
 from shared.rail.order_numbers import series_of, with_number
+from shared.rail.outcomes import Committed
 from shared.rail.record import Durability
 from shared.settings import Settings
 from tests.rigs import builders
@@ -25,10 +30,16 @@ from tests.rigs.rail.gate import Gate
 from tests.rigs.rail.mirror_server import MirrorServer
 
 
+@asynccontextmanager
+async def no_postgres(_: str) -> AsyncIterator[Any]:
+    raise ConnectionRefusedError("the rig has no PostgreSQL")
+    yield
+
+
 class RailRig:
     """The rail uses `mirror` and `broker` instead of connections of its own. `gate` holds the calls of the rail and the
     drainer to the given mirror, broker and journal, but not those of the test. `rail_options` are passed on to
-    `assemble_rail`."""
+    `assemble_rail`. `creations` looks for earlier ones in the mirror alone."""
 
     def __init__(
         self,
@@ -51,6 +62,7 @@ class RailRig:
         )
         self.mirror: Mirror = mirror or parts.mirror
         self.publisher, self.recorder, self.rail = parts.publisher, parts.recorder, parts.rail
+        self.creations = Creations(parts.rail, Heads(self.mirror, no_postgres))
         self.drainer = Drainer(gated(journal), parts.publisher) if journal else None
         self._parts = parts
 
@@ -90,14 +102,15 @@ class RailRig:
     async def claim(self, draft: Draft) -> tuple[Change, ClaimReply]:
         """Returns the change with the number of the claim, and the mirror's reply."""
         change, event = change_of(draft), encode(change_of(draft))
-        series, stock = series_of(draft.entity, draft.state), stock_text(draft.entity, draft.state)
-        reply = await self.mirror.claim(draft.entity, change, event, draft.base, series, stock)
+        series, lane = series_of(draft.entity, draft.state), draft.record_lane
+        stock = claimed_stock_text(draft.entity, draft.state, draft.before)
+        reply = await self.mirror.claim(draft.entity, change, event, draft.base, series, stock, lane=lane)
         if isinstance(reply, Claimed):
             change, _ = with_number(draft.entity, change, draft.state, reply.number)
         return change, reply
 
     async def record(self, change: Change) -> Durability:
-        return await self.recorder.record(lane_of(change), encode(change))
+        return await self.recorder.record(registry.ENTITIES[change.entity].lane, encode(change))
 
     async def reveal(self, *changes: Change) -> None:
         await self.mirror.apply([applied(change) for change in changes])

@@ -16,6 +16,7 @@ Copy = Sequence[tuple[bytes, int, bytes]]
 
 class MirrorServer:
     def __init__(self, url: str) -> None:
+        self.url = url
         self._redis = MirrorConnection(url, timeout=5.0)
         self.call = self._redis.call
         self.mirror = Mirror(url, timeout=5.0, stale_seconds=3600.0)

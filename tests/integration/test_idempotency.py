@@ -1,0 +1,170 @@
+"""Repeats with the same Idempotency-Key on every route that adds a fact: a payment, a stock move, a loyalty move."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from msgspec import Struct
+
+from shared.security.tokens import Role
+from tests.rigs.link import link_to
+from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
+from tests.rigs.system import System, eventually
+
+
+class Additive(Struct, frozen=True):
+    """A route that adds a fact to an entity."""
+
+    name: str
+    entity: str
+    """The path of the entity's routes."""
+    new: dict[str, Any]
+    """The body of a new entity; an order has none."""
+    facts: str
+    body: dict[str, Any]
+    other: dict[str, Any]
+    """Fields of another request."""
+    sum_of: Callable[[dict[str, Any]], int]
+
+
+ROUTES = (
+    Additive(
+        "payments",
+        "/api/orders",
+        {},
+        "payments",
+        {"amount": 300, "method": "card"},
+        {"amount": 301},
+        lambda order: sum(one["amount"] for one in order["payments"]),
+    ),
+    Additive(
+        "moves",
+        "/api/inventory",
+        {"name": "Dough", "quantity": 0},
+        "moves",
+        {"quantity": 24, "reason": "delivery"},
+        {"reason": "another delivery"},
+        lambda item: int(item["quantity"]),
+    ),
+    Additive(
+        "loyalty",
+        "/api/customers",
+        {"name": "Ada"},
+        "loyalty_moves",
+        {"points": 5},
+        {"points": 6},
+        lambda customer: sum(one["points"] for one in customer["loyalty_moves"]),
+    ),
+)
+EVERY = pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
+
+
+@pytest.fixture(scope="module")
+async def restaurant(system: System) -> RestaurantRig:
+    return await register_restaurant(system, tax_basis_points=0)
+
+
+async def target(restaurant: RestaurantRig, route: Additive) -> str:
+    """Creates an entity; returns its path."""
+    async with restaurant.client(Role.ADMIN) as admin:
+        body = route.new or {"items": [{"menu_item_id": (await restaurant.dish(price=1_000))["id"], "quantity": 1}]}
+        return f"{route.entity}/{made(await admin.post(route.entity, json=body))['id']}"
+
+
+def with_key(key: str | None = None) -> dict[str, str]:
+    return {"Idempotency-Key": key or str(uuid4())}
+
+
+async def total(client: httpx.AsyncClient, route: Additive, path: str) -> tuple[int, int]:
+    """Returns the number of facts, and what they add up to."""
+    found = expect(await client.get(path))
+    return len(found[route.facts]), route.sum_of(found)
+
+
+def added(route: Additive, times: int) -> tuple[int, int]:
+    return times, times * next(value for value in route.body.values() if isinstance(value, int))
+
+
+@EVERY
+async def test_fact_that_is_repeated_with_its_key_counts_once(restaurant: RestaurantRig, route: Additive) -> None:
+    path, key = await target(restaurant, route), with_key()
+    async with restaurant.client(Role.ADMIN) as admin:
+        replies = await asyncio.gather(
+            *(admin.post(f"{path}/{route.name}", json=route.body, headers=key) for _ in range(6))
+        )
+        assert {reply.is_success for reply in replies} == {True}
+        assert sum("idempotency-replayed" in reply.headers for reply in replies) == 5
+        assert await total(admin, route, path) == added(route, 1)
+        again = {name: route.body[name] for name in reversed(route.body)}  # the order of the fields says nothing
+        assert (await admin.post(f"{path}/{route.name}", json=again, headers=key)).headers["idempotency-replayed"]
+        other = await admin.post(f"{path}/{route.name}", json={**route.body, **route.other}, headers=key)
+        refused(other, 422, "idempotency_key_reused", "Idempotency-Key")
+        assert await total(admin, route, path) == added(route, 1)
+        # Another key, and no key, are other requests.
+        for headers in (with_key(), None):
+            assert (await admin.post(f"{path}/{route.name}", json=route.body, headers=headers)).is_success
+        assert await total(admin, route, path) == added(route, 3)
+
+
+@EVERY
+async def test_one_key_of_two_callers_or_of_two_entities_means_two_facts(
+    restaurant: RestaurantRig, route: Additive
+) -> None:
+    """Two tills may count their requests in the same way."""
+    path, elsewhere, key = await target(restaurant, route), await target(restaurant, route), with_key("1")
+    async with restaurant.client(Role.ADMIN) as one, restaurant.client(Role.STAFF) as other:
+        assert (await one.post(f"{path}/{route.name}", json=route.body, headers=key)).is_success
+        assert (await one.post(f"{elsewhere}/{route.name}", json=route.body, headers=key)).is_success
+        second = await other.post(f"{path}/{route.name}", json=route.body, headers=key)
+        if second.status_code == 403:  # staff do not count stock
+            assert await total(one, route, path) == added(route, 1)
+        else:
+            assert await total(one, route, path) == added(route, 2)
+        assert await total(one, route, elsewhere) == added(route, 1)
+
+
+@EVERY
+async def test_key_must_be_visible_text(restaurant: RestaurantRig, route: Additive) -> None:
+    path = await target(restaurant, route)
+    async with restaurant.client(Role.ADMIN) as admin:
+        for wrong in ("", "a b", "x" * 201):
+            reply = await admin.post(f"{path}/{route.name}", json=route.body, headers={"Idempotency-Key": wrong})
+            refused(reply, 422, "invalid_input", "Idempotency-Key")
+        assert await total(admin, route, path) == added(route, 0)
+
+
+async def test_answer_504_repeated_with_its_key_counts_once_on_every_route(
+    restaurant: RestaurantRig, system: System
+) -> None:
+    """The broker does not answer and the journal is full, so the instance says 504. The change appears later: the
+    broker gets the message when the link flows again, and the claim is finished."""
+    doubtful = {"publish_timeout_seconds": 0.5, "journal_max_bytes": 1}
+    async with (
+        link_to(system.rabbitmq_url) as link,
+        system.another_orders("doubtful", rabbitmq_url=link.url, **doubtful) as url,
+        system.client(token=restaurant.token) as admin,
+    ):
+
+        async def connected() -> bool:
+            return bool((await asyncio.to_thread(system.health, "doubtful"))["broker"])
+
+        for route in ROUTES:
+            path, key = await target(restaurant, route), with_key()
+
+            async def send(path: str = f"{path}/{route.name}", route: Additive = route, key: Any = key) -> Any:
+                return await admin.post(f"{url}{path}", json=route.body, headers=key)
+
+            async def sync_state(path: str = path) -> str:
+                return str(expect(await admin.get(path))["sync"]["state"])
+
+            await eventually(connected, what="an instance with its broker")
+            link.freeze()
+            refused(await send(), 504, "outcome_unknown")
+            await link.restore()
+            await eventually(send, what=f"a repeat on {route.name}", until=lambda reply: reply.is_success)
+            assert await total(admin, route, path) == added(route, 1)
+            await eventually(sync_state, what="the change in PostgreSQL", until=lambda state: state == "synced")
+            assert await total(admin, route, path) == added(route, 1)
