@@ -20,12 +20,10 @@ from typing import Any
 
 import structlog
 from aiormq.abc import AbstractChannel
-from aiormq.exceptions import ChannelInvalidStateError
 from faststream import AckPolicy
 from faststream.rabbit import Channel, RabbitBroker, RabbitMessage, RabbitQueue
 
 from shared.errors import described
-from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 
 log = structlog.get_logger(__name__)
 
@@ -136,13 +134,16 @@ class Subscription:
     async def pause(self) -> None:
         """Asks the broker to deliver nothing more. What is on its way still reaches `on_message`; `end` and `close`
         give it back. Takes at most ten seconds."""
-        for channel, consumer in list(self._consumers.values()):
-            try:
-                with closed_channel_as_connection_error():
-                    async with asyncio.timeout(_PAUSE_TIMEOUT_SECONDS):
-                        await channel.basic_cancel(consumer)
-            except (ChannelInvalidStateError, *BROKEN_LINK) as error:
-                log.debug("subscription_pause", error=described(error))
+        # The reply follows all messages that are on their way. aiormq closes the channel of a cancelled call, and its
+        # messages could no longer be acknowledged, so these calls are left to end by themselves.
+        calls = {
+            asyncio.ensure_future(channel.basic_cancel(consumer)) for channel, consumer in self._consumers.values()
+        }
+        for call in calls:
+            _ending.add(call)
+            call.add_done_callback(_ended)
+        if calls:
+            await asyncio.wait(calls, timeout=_PAUSE_TIMEOUT_SECONDS)
         await asyncio.sleep(_PASS_ON_SECONDS)
 
     async def end(self) -> None:
@@ -200,15 +201,16 @@ class Subscription:
         """Closes the connection. If that takes longer than a second, it goes on in the background: FastStream would
         connect again, and consume, if it were cancelled half-way."""
         stopping = asyncio.create_task(self._broker.stop(), name="subscription-stop")
-        _stopping.add(stopping)
-        stopping.add_done_callback(_stopped)
+        _ending.add(stopping)
+        stopping.add_done_callback(_ended)
         await asyncio.wait({stopping}, timeout=_CLOSE_TIMEOUT_SECONDS)
 
 
-_stopping: set[asyncio.Task[None]] = set()
+_ending: set[asyncio.Task[Any]] = set()
+"""Calls that nobody waits for any more."""
 
 
-def _stopped(task: "asyncio.Task[None]") -> None:
-    _stopping.discard(task)
+def _ended(task: "asyncio.Task[Any]") -> None:
+    _ending.discard(task)
     if not task.cancelled() and (error := task.exception()) is not None:
         log.debug("subscription_close", error=described(error))
