@@ -81,8 +81,26 @@ async def _uncancelled(connecting: "asyncio.Task[AbstractConnection]") -> Abstra
 _closing: set[asyncio.Task[None]] = set()
 
 
+async def close_connection(connection: AbstractConnection, *, timeout: float) -> None:
+    """Closes a connection, and returns after at most `timeout` seconds. The close then goes on by itself: to end it
+    half-way would leave the connection open, and a broker that has messages under way sends all of them before it
+    answers."""
+    await asyncio.wait({_begin_to_close(connection)}, timeout=timeout)
+
+
+def _begin_to_close(connection: AbstractConnection) -> "asyncio.Task[None]":
+    task = asyncio.create_task(connection.close(), name="close")
+    _closing.add(task)  # without a reference, the task may be garbage-collected before it runs
+    task.add_done_callback(_closed)
+    return task
+
+
+def _closed(task: "asyncio.Task[None]") -> None:
+    _closing.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("broker_close", error=str(error) or type(error).__name__)  # the connection was lost already
+
+
 def _close(connecting: "asyncio.Task[AbstractConnection]") -> None:
     if not connecting.cancelled() and connecting.exception() is None:
-        task = asyncio.ensure_future(connecting.result().close())
-        _closing.add(task)  # without a reference, the task may be garbage-collected before it runs
-        task.add_done_callback(_closing.discard)
+        _begin_to_close(connecting.result())

@@ -47,7 +47,7 @@ from aiormq.channel import Channel
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, now
 from shared.entities.signal import HEARTBEAT, MARK, Signal, encode_signal, signal_in
-from shared.messaging.hosts import Connect, Hosts
+from shared.messaging.hosts import Connect, Hosts, close_connection
 from shared.messaging.position import LogPosition, checksum
 from shared.messaging.publisher import BROKEN_LINK, closed_channel_as_connection_error
 from shared.messaging.topology import LOG
@@ -269,12 +269,7 @@ class LogReader:
                     await log_connection.open(start)
                 yield log_connection
         finally:
-            try:
-                with closed_channel_as_connection_error():
-                    async with asyncio.timeout(_CLOSE_TIMEOUT_SECONDS):
-                        await connection.close()
-            except BROKEN_LINK as error:
-                log.debug("log_close", reader=self._name, error=str(error) or type(error).__name__)
+            await close_connection(connection, timeout=_CLOSE_TIMEOUT_SECONDS)
 
 
 class _LogConnection:
