@@ -3,16 +3,12 @@
 import asyncio
 import contextlib
 import random
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-import structlog
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -36,7 +32,6 @@ from tests.rigs import builders
 from tests.rigs.rail.changes import State, changes_in, draft
 from tests.rigs.rail.gate import OUTCOMES
 from tests.rigs.rail.instance import RailRig
-from tests.rigs.servers import Servers
 
 BLANK = builders.order(items=0, order_number="")
 
@@ -285,21 +280,6 @@ async def finished(owner: RailRig, left: Stale) -> None:
     # Like the reconciler, the model tries again in its next round.
     with contextlib.suppress(TicketrailError):
         await owner.rail.claim_finisher.finish(left)
-
-
-@pytest.fixture
-def world(servers: Servers) -> Iterator[World]:
-    server = servers.extra_redis()
-    logging = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        world = World(server.url, Path(folder))
-        yield world
-    world.run(world.server.close())
-    world.loop.close()
-    structlog.configure(**logging)
-    server.discard()
 
 
 @pytest.mark.timeout(600)  # shrinking a failing example takes minutes
