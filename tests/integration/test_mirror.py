@@ -135,6 +135,18 @@ async def begun(mirror: Mirror, at: LogPosition) -> None:
     assert await mirror.apply([], at=NOTHING_APPLIED, note=at) == []
 
 
+async def test_state_that_was_revealed_before_it_is_loaded_from_postgres_is_synced(mirror: Mirror) -> None:
+    restaurant, id_ = builders.new_id(), builders.new_id()
+    older, one = (state(version, id_=id_, restaurant=restaurant) for version in (1, 2))
+    await mirror.apply([one])
+    await mirror.note_failures([FailedState(restaurant, "order", id_, one.head.change_id, b"{}")])
+    assert await mirror.counts(restaurant, "order") == (1, 1)
+    await mirror.apply([structs.replace(older, how="stored")])
+    assert await mirror.counts(restaurant, "order") == (1, 1), "PostgreSQL has only an older state"
+    await mirror.apply([structs.replace(one, how="stored")])
+    assert await mirror.counts(restaurant, "order") == (0, 0)
+
+
 async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
     restaurant, id_ = builders.new_id(), builders.new_id()
     await begun(mirror, at_offset(7))

@@ -62,6 +62,11 @@ for i = 1, count do
       end
       head = version
       doc[2] = change
+    elseif how == 'stored' and version == head and change == doc[2] then
+      -- A request has revealed the state before, for example to a cold mirror, and PostgreSQL has it meanwhile.
+      local id = string.match(KEYS[k + 1], '[^:]+$')
+      redis.call('ZREM', KEYS[k + 4], id)
+      redis.call('HDEL', (string.gsub(KEYS[k + 4], ':pending:', ':failed:', 1)), id)
     end
     if version == head and change == doc[2] and (ARGV[a + 9] ~= '' or doc[4]) then
       keep(KEYS[k + 1], ARGV[a + 9], doc[4])
