@@ -43,6 +43,8 @@ class Receipt(Struct, frozen=True):
 
     entity: Entity
     state: Any
+    raw: bytes
+    """The state with the fields that this release does not know."""
     head: Head
     durability: Durability | None
     """How the change was recorded; None for a request that recorded nothing, such as a repeat."""
@@ -90,7 +92,6 @@ class EntityChanges:
             event="created",
             state=state,
             base=None,
-            before=None,
             at=at,
             source="orders",
             actor=actor_of(identity),
@@ -150,14 +151,12 @@ class EntityChanges:
             at = max(now(), before.updated_at)
             event, after = change(before, at)
             if after is before:
-                return Receipt(entity, before, found.head, None, replayed=True)
+                return Receipt(entity, before, found.raw, found.head, None, replayed=True)
             draft = Draft(
                 entity=entity,
                 event=event,
                 state=after,
-                base=found.head,
-                before=before,
-                base_raw=found.raw,
+                base=found,
                 at=at,
                 source="orders",
                 actor=actor_of(identity),
@@ -193,13 +192,13 @@ async def _pause(commits: int) -> None:
 
 
 def _receipt(entity: Entity, committed: Committed) -> Receipt:
-    return Receipt(entity, committed.state, committed.head, committed.durability, committed.visible)
+    return Receipt(entity, committed.state, committed.raw, committed.head, committed.durability, committed.visible)
 
 
 def _replay(entity: Entity, made: Standing, same: Callable[[Any], bool]) -> Receipt:
     if not same(made.state):
         raise key_reused()
-    return Receipt(entity, made.state, made.head, None, replayed=True)
+    return Receipt(entity, made.state, made.raw, made.head, None, replayed=True)
 
 
 def _conflict(head: Head | None) -> Conflict:

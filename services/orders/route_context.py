@@ -12,7 +12,6 @@ from services.orders.menu import Menus
 from services.orders.order_commands import OrderCommands
 from services.orders.sign_in import SignIn
 from services.orders.views import PENDING, state_view, sync_of
-from shared.entities.contract import encode
 from shared.http.call import Call
 from shared.http.replies import Reply, success
 from shared.mirror.mirror import Mirror
@@ -48,7 +47,7 @@ def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
         headers["Idempotency-Replayed"] = "true"
     if receipt.durability is not None:
         more["durability"] = receipt.durability
-    view = state_view(encode(receipt.state), receipt.head, sync, **more)
+    view = state_view(receipt.raw, receipt.head, sync, **more)
     return success(view, status=status, headers=headers)
 
 

@@ -29,9 +29,8 @@ async def commit(
     made_from: bytes | None = None,
 ) -> str:
     """Commits a change at head version + 1 and returns its id. `base`: what stands of the entity, or None if it does
-    not exist. `event` is replaced by `created` if `base` is None; otherwise `created` is replaced by `updated`.
-    `made_from`: the encoded state that `state` was made from, if that is not the base. Raises Conflict, InvalidInput,
-    Unavailable, OutcomeUnknown."""
+    not exist. `made_from`: see Draft. `event` is replaced by `created` if `base` is None; otherwise `created` is
+    replaced by `updated`. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
     at = now()
     if base is None:
         event = "created"
@@ -41,9 +40,7 @@ async def commit(
         entity=entity,
         event=event,
         state=msgspec.structs.replace(state, updated_at=at),
-        base=base.head if base else None,
-        before=base.state if base else None,
-        base_raw=base.raw if base else None,
+        base=base,
         made_from=made_from,
         at=at,
         source="sync",

@@ -1,5 +1,6 @@
 """Reads payments and the totals of business days."""
 
+from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Any
 
@@ -27,7 +28,7 @@ order by business_day
 
 # Finds the payments that the current state of their order lacks, for orders that were forked since $1.
 _LEFT_OUT = """
-select p.restaurant_id::text, p.order_id::text, p.id::text, p.amount, p.method, p.created_at, p.reference
+select p.restaurant_id::text, p.order_id::text, p.id::text
 from (select distinct restaurant_id, entity_id from conflicts where entity = 'order' and opened_at >= $1) forked
 join payments p on p.restaurant_id = forked.restaurant_id and p.order_id = forked.entity_id
 where not exists (
@@ -37,6 +38,13 @@ where not exists (
 )
 order by 1, 2, p.created_at, p.id
 limit $2
+"""
+_STATES_WITH_PAYMENTS = """
+select (c.data->'after')::text as state from changes c
+where c.restaurant_id = $1 and c.entity = 'order' and c.entity_id = $2 and exists (
+    select from json_array_elements(c.data->'after'->'payments') carried where carried->>'id' = any($3::text[])
+)
+order by c.version, c.change_id
 """
 MAX_LEFT_OUT_ROWS = 1_000
 
@@ -78,9 +86,17 @@ async def payments(connection: Connection, restaurant: str, requested: PaymentFi
 
 
 async def left_out(connection: Connection, since: datetime) -> list[dict[str, Any]]:
-    """Returns up to MAX_LEFT_OUT_ROWS payments that the current state of their order lacks, over all tenants. Looks
-    only at orders that were forked since `since`."""
+    """Returns `restaurant_id`, `order_id` and `id` of up to MAX_LEFT_OUT_ROWS payments that the current state of their
+    order lacks, over all tenants. Looks only at orders that were forked since `since`."""
     return [dict(row) for row in await connection.fetch(_LEFT_OUT, since, MAX_LEFT_OUT_ROWS)]
+
+
+async def states_with_payments(
+    connection: Connection, restaurant: str, order: str, payments: Sequence[str]
+) -> list[bytes]:
+    """Returns the recorded states of an order that have one of these payments, encoded, by version."""
+    rows = await connection.fetch(_STATES_WITH_PAYMENTS, restaurant, order, list(payments))
+    return [row["state"].encode() for row in rows]
 
 
 async def days(connection: Connection, restaurant: str, start: date, end: date) -> list[dict[str, Any]]:

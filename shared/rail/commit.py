@@ -133,7 +133,7 @@ class Rail:
     def _committed(self, change: Change, state: Any, durability: Durability, visible: bool) -> Committed:
         if self._metrics is not None:
             self._metrics.accepted.inc(change.type)
-        return Committed(state, change.head, durability, visible)
+        return Committed(state, change.head, durability, visible, bytes(change.data.after))
 
     # -- the steps ---------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class Rail:
                 # The mirror must not execute a claim after this commit has gone on without it.
                 within, lane = max(0.0, deadline - self._clock()), draft.record_lane
                 reply = await self._mirror.claim(
-                    entity, change, encode(change), draft.base, series, stock, lane=lane, within=within
+                    entity, change, encode(change), draft.base_head, series, stock, lane=lane, within=within
                 )
             except MirrorInDoubt:
                 sent = True

@@ -21,6 +21,7 @@ from shared.entities.entity import Entity
 from shared.entities.overlay import old_values
 from shared.errors import InvalidInput
 from shared.observability import tracing
+from shared.rail.head import Standing
 
 
 class Draft(Struct, kw_only=True):
@@ -31,14 +32,11 @@ class Draft(Struct, kw_only=True):
     """The kind of change, in the past tense, such as `created`."""
     state: Any
     """The Struct of the entity after the change."""
-    base: Head | None
-    """The head that the change is built on; None for a creation."""
-    before: Struct | None
-    """The state of the base; None for a creation."""
-    base_raw: bytes | None = None
-    """The encoded state of the base. Its fields that this release does not know are kept in the new state."""
+    base: Standing | None
+    """What the change is built on; None for a creation."""
     made_from: bytes | None = None
-    """The encoded state that `state` was made from, if that is not the base. Its unknown fields are kept instead."""
+    """The encoded state that `state` was made from; None for that of the base. The new state keeps its fields that this
+    release does not know."""
     at: datetime
     """The time when the change was accepted."""
     source: str
@@ -55,6 +53,15 @@ class Draft(Struct, kw_only=True):
     """Whether the change takes its stock without a check, because the goods are already sold."""
 
     @property
+    def base_head(self) -> Head | None:
+        return None if self.base is None else self.base.head
+
+    @property
+    def before(self) -> Any:
+        """The state of the base; None for a creation."""
+        return None if self.base is None else self.base.state
+
+    @property
     def record_lane(self) -> Lane:
         return self.lane or self.entity.lane
 
@@ -62,11 +69,12 @@ class Draft(Struct, kw_only=True):
 def change_of(draft: Draft) -> Change:
     """Returns the event of a draft. The id covers the type, the base and both states, so that the same draft gives the
     same id."""
-    schema, after = draft.entity.encode_state(draft.state, draft.made_from or draft.base_raw)
+    on = draft.base
+    schema, after = draft.entity.encode_state(draft.state, draft.made_from or (on.raw if on else None))
     changed = changed_fields(draft.before, draft.state)
-    before = encode(changed) if draft.base_raw is None else old_values(draft.base_raw, changed, draft.state, after)
-    version = draft.base.version + 1 if draft.base else 1
-    base = draft.base.change_id if draft.base else None
+    before = old_values(on.raw, changed, draft.state, after) if on else encode(changed)
+    version = on.head.version + 1 if on else 1
+    base = on.head.change_id if on else None
     type_ = draft.entity.type(draft.event, schema)
     return Change(
         id=change_id(draft.state.id, version, b"\0".join((type_.encode(), (base or "").encode(), before, after))),

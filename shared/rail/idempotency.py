@@ -20,7 +20,6 @@ from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 import msgspec
 from msgspec import Struct
 
-from shared.entities.contract import encode
 from shared.entities.entity import Entity
 from shared.errors import Conflict, InvalidInput, TicketrailError, Unavailable
 from shared.rail.commit import Rail
@@ -154,7 +153,7 @@ class Creations:
             if draft.keyed:
                 while len(self._recent) >= _MAX_RECENT:
                     del self._recent[next(iter(self._recent))]
-                self._recent[draft.state.id] = Standing(made.head, made.state, encode(made.state))
+                self._recent[draft.state.id] = Standing(made.head, made.state, made.raw)
             return made
         finally:
             self._under_way.pop(draft.state.id).set()

@@ -19,6 +19,8 @@ class Committed(Struct, frozen=True):
     head: Head
     durability: Durability
     visible: bool
+    raw: bytes
+    """The state as it was recorded, with the fields that this release does not know."""
 
 
 class ClaimLost(TicketrailError):

@@ -3,9 +3,7 @@
 import asyncio
 import json
 import re
-import shutil
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from operator import methodcaller
@@ -15,6 +13,7 @@ import pytest
 
 from tests.rigs.servers import Servers
 from tests.rigs.system import PATIENT, ROOT, System, eventually
+from tests.rigs.tree_copy import copy_tree, edit_lines
 
 _STEP = re.compile(
     r"^<!-- (?P<order>[a-z ]+?)(?: (?P<target>\S+))? -->\n```\w+\n(?P<block>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -28,17 +27,6 @@ def steps() -> Iterator[tuple[str, str, str]]:
         yield found["order"], found["target"] or "", found["block"]
 
 
-def edit(path: Path, difference: str) -> None:
-    """Applies a diff: replaces the lines with ' ' and '-' by the lines with ' ' and '+'. The file must contain the
-    replaced lines exactly once."""
-    lines = difference.splitlines(keepends=True)
-    before = "".join(line[1:] for line in lines if line[0] in " -")
-    after = "".join(line[1:] for line in lines if line[0] in " +")
-    text = path.read_text()
-    assert text.count(before) == 1, f"{path.name} does not contain exactly once:\n{before}"
-    path.write_text(text.replace(before, after))
-
-
 async def shell(block: str, cwd: Path) -> str:
     process = await asyncio.create_subprocess_exec(
         "sh", "-e", "-c", block, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -50,16 +38,7 @@ async def shell(block: str, cwd: Path) -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """Makes a folder with the files of a fresh clone and this virtual environment."""
-    root = tmp_path / "clone"
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True)
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).exists():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, root / name)
-    (root / ".venv").symlink_to(Path(sys.prefix))
-    (root / ".local").mkdir()
-    return root
+    return copy_tree(tmp_path / "clone")
 
 
 @pytest.fixture
@@ -85,7 +64,7 @@ async def test_the_tutorial_creates_an_entity_that_reaches_postgresql(copy: Path
             case "append":
                 (copy / target).write_text(f"{(copy / target).read_text().rstrip()}\n\n\n{block}")
             case "edit":
-                edit(copy / target, block)
+                edit_lines(copy / target, block)
             case "run":
                 await shell(block, copy)
             case "start":
@@ -117,6 +96,6 @@ async def test_the_tutorials_code_passes_the_linter(copy: Path) -> None:
         elif order == "append":
             (copy / target).write_text(f"{(copy / target).read_text().rstrip()}\n\n\n{block}")
         elif order == "edit":
-            edit(copy / target, block)
+            edit_lines(copy / target, block)
     changed = sorted({target for order, target, _ in steps() if target.endswith(".py")})
     await shell(f".venv/bin/python -m ruff check {' '.join(changed)}\n.venv/bin/python -m ruff format --check .", copy)

@@ -130,7 +130,9 @@ async def test_next_writer_finishes_a_stale_claim_and_takes_the_following_versio
     assert lost.value.head == left.head
     head, state = await rig.read(created.state.id) or pytest.fail("the mirror lacks the order")
     assert (head, state.notes) == (left.head, "left behind")
-    next_one = await rig.rail.commit(rig.update(Committed(state, head, Durability.BROKER, True), notes="next"))
+    next_one = await rig.rail.commit(
+        rig.update(Committed(state, head, Durability.BROKER, True, encode(state)), notes="next")
+    )
     assert next_one.head.version == 3
     if died == "before revealing, in the journal":
         await owner.drainer.drain_some()

@@ -211,7 +211,7 @@ async def test_payment_that_loses_its_claim_is_retried_on_the_current_head() -> 
             if len(others) < 10:
                 others.append(payment())
                 raise ClaimLost
-            return Committed(draft.state, Head(len(others) + 2, new_id()), Durability.BROKER, True)
+            return Committed(draft.state, Head(len(others) + 2, new_id()), Durability.BROKER, True, encode(draft.state))
 
     changes = EntityChanges(cast(commit.Rail, Rail()), cast(Heads, Stores()))
     commands = OrderCommands(changes, cast(Menus, None))

@@ -6,6 +6,7 @@ major version of tables (tests/rigs/newer_release.py).
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aio_pika
@@ -28,6 +29,7 @@ from tests.rigs.replays import create_job, wait_ended
 from tests.rigs.restaurant import expect
 from tests.rigs.servers import Servers
 from tests.rigs.system import PATIENT, System, eventually, settings_of
+from tests.rigs.tree_copy import copy_tree, edit_lines
 
 COURSE, CARD_BRAND, FISCAL_ID = 2, "girocard", "DE-4711"
 
@@ -46,6 +48,17 @@ async def old(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Asy
     finally:
         await system.down()
         await asyncio.to_thread(own_redis.discard)
+
+
+@pytest.fixture(scope="module")
+def newer_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this tree in which the request for an order has an optional field more."""
+    tree = copy_tree(tmp_path_factory.mktemp("newer-release") / "clone")
+    field = "     special_instructions: Text | None = None\n"
+    edit_lines(
+        tree / "services/orders/requests.py", f"{field}+    covers: int | None = None\n \n \n class UpdateOrder(Struct"
+    )
+    return tree
 
 
 @pytest.fixture
@@ -119,7 +132,8 @@ async def test_fields_of_the_newer_release_stay_when_the_older_one_changes_the_o
             expect(await admin.post(f"{path}/restore")),
         ]
         shown = expect(await admin.get(path))
-    assert fields_of(shown) == ALL_FIELDS
+    # Each reply shows them, and every store has them.
+    assert [fields_of(state) for state in (*changed, shown)] == [ALL_FIELDS] * (len(changed) + 1)
     _, (document,) = await new.mirror.read(old.restaurant_id, "order", [made.state.id])
     assert document is not None and fields_of(document.state) == ALL_FIELDS
     changes = await stored(old, made.state.id, 1 + len(changed))
@@ -199,3 +213,25 @@ async def test_a_newer_major_version_is_dead_untouched_and_replayed_after_the_up
             await rig.down()
     old.start("worker")
     await old.ready("worker")
+
+
+@pytest.mark.parametrize("first", ["orders", "newer"])
+async def test_a_request_that_one_release_answered_is_recognised_by_the_other_one(
+    old: System, newer_tree: Path, first: str
+) -> None:
+    """The request has one optional field more in the newer release; the repeated body does not name it."""
+    previous, old.root = old.root, newer_tree
+    try:
+        async with old.another_orders("newer"):
+            body, key = old.order_body(notes="no onions"), builders.new_id()
+            replies = []
+            for service in (first, "newer" if first == "orders" else "orders"):
+                async with old.client(service=service) as staff:
+                    replies.append(await staff.post("/api/orders", json=body, headers={"Idempotency-Key": key}))
+            assert [reply.status_code for reply in replies] == [201, 201], replies[1].text
+            made, repeated = (expect(reply, reply.status_code) for reply in replies)
+            assert replies[1].headers["Idempotency-Replayed"] == "true"
+            assert (repeated["id"], repeated["order_number"]) == (made["id"], made["order_number"])
+            await stored(old, made["id"], 1)
+    finally:
+        old.root = previous

@@ -25,13 +25,15 @@ def plain(state: Order) -> dict[str, Any]:
 
 def chosen(present: Order, winner: Order, loser: Order) -> Order:
     """`present` after the operator has chosen the losing side."""
-    found: Order = with_decision(orders.ENTITY, present, kept=plain(loser), dropped=plain(winner), strict=True)
+    found: Order
+    found, _ = with_decision(orders.ENTITY, encode(present), kept=plain(loser), dropped=plain(winner), strict=True)
     return found
 
 
 def confirmed(present: Order, winner: Order, loser: Order) -> Order:
     """`present` after the operator has confirmed the winning side."""
-    found: Order = with_decision(orders.ENTITY, present, kept=plain(winner), dropped=plain(loser), strict=False)
+    found: Order
+    found, _ = with_decision(orders.ENTITY, encode(present), kept=plain(winner), dropped=plain(loser), strict=False)
     return found
 
 
@@ -98,10 +100,32 @@ def test_a_quantity_that_both_sides_changed_is_refused_or_kept() -> None:
     sides = [structs.replace(item, quantity=item.quantity + n, name=f"Flour {n}") for n in (5, 3)]
     winner, loser = (msgspec.json.decode(encode(side)) for side in sides)
     with pytest.raises(Conflict) as refused:
-        with_decision(inventory_item.ENTITY, sides[0], kept=loser, dropped=winner, strict=True)
+        with_decision(inventory_item.ENTITY, encode(sides[0]), kept=loser, dropped=winner, strict=True)
     assert (refused.value.error_code, refused.value.details["fields"]) == ("changed_since", ["quantity"])
-    after = with_decision(inventory_item.ENTITY, sides[0], kept=winner, dropped=loser, strict=False)
+    after, _ = with_decision(inventory_item.ENTITY, encode(sides[0]), kept=winner, dropped=loser, strict=False)
     assert after == sides[0]
+
+
+def test_a_decision_covers_the_fields_of_a_newer_release() -> None:
+    """The release that decides does not know `fiscal_id` and `course`."""
+
+    def newer(notes: str, **fields: Any) -> dict[str, Any]:
+        found = plain(structs.replace(BASE, notes=notes))
+        found["items"][0]["course"] = 2
+        return {**found, **fields}
+
+    winner, loser = newer("one", fiscal_id="DE-1", covers=4), newer("two", fiscal_id="DE-2")
+    for present, kept, dropped, fiscal_id in ((winner, loser, winner, "DE-2"), (loser, winner, loser, "DE-1")):
+        state, encoded = with_decision(orders.ENTITY, encode(present), kept=kept, dropped=dropped, strict=True)
+        after = msgspec.json.decode(encoded)
+        assert (state.notes, after["notes"], after["fiscal_id"]) == (kept["notes"], kept["notes"], fiscal_id)
+        assert after.get("covers") == kept.get("covers")
+        assert after["items"][0]["course"] == 2
+        assert orders.ENTITY.decode_state(encoded) == state
+    changed = {**winner, "fiscal_id": "DE-3"}
+    with pytest.raises(Conflict) as refused:
+        with_decision(orders.ENTITY, encode(changed), kept=loser, dropped=winner, strict=True)
+    assert refused.value.details["fields"] == ["fiscal_id"]
 
 
 def test_a_decision_that_deletes_or_restores_has_that_event() -> None:

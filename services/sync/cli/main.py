@@ -157,10 +157,12 @@ def dish_command(restaurant: str, dish: str, price: int | None, available: bool 
         raise click.UsageError("give --price, --available or --unavailable")
     dish_id = full_id(dish, "dish", partial(dishes_between, restaurant), argument="DISH")
     changed = run(_edit_dish(Settings.load(), restaurant, dish_id, price, available))
-    click.echo(encode(changed).decode())
+    click.echo(changed.decode())
 
 
-async def _edit_dish(settings: Settings, restaurant: str, dish: str, price: int | None, available: bool | None) -> Any:
+async def _edit_dish(
+    settings: Settings, restaurant: str, dish: str, price: int | None, available: bool | None
+) -> bytes:
     async with CommandSession(settings) as session:
         return await edit_dish(
             session.postgres, session.mirror, session.rail, restaurant, dish, price=price, available=available

@@ -6,7 +6,6 @@ import msgspec
 
 from shared.entities import menu_item
 from shared.entities.contract import now
-from shared.entities.menu_item import MenuItem
 from shared.errors import NotFound
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Connection, Postgres
@@ -36,13 +35,13 @@ async def edit_dish(
     *,
     price: int | None = None,
     available: bool | None = None,
-) -> MenuItem:
-    """Commits the next version of a dish and returns its state. Raises NotFound, ClaimLost if another change came
-    first, and Unavailable while the mirror is cold."""
+) -> bytes:
+    """Commits the next version of a dish and returns its encoded state. Raises NotFound, ClaimLost if another change
+    came first, and Unavailable while the mirror is cold."""
     found = await Heads(mirror, lambda _: postgres.connection()).head(_ENTITY, restaurant, dish_id)
     if found is None:
         raise NotFound("no such dish")
-    base, before, raw = found
+    before = found.state
     at = now()
     after = msgspec.structs.replace(
         before,
@@ -50,9 +49,5 @@ async def edit_dish(
         is_available=before.is_available if available is None else available,
         updated_at=at,
     )
-    draft = Draft(
-        entity=_ENTITY, event="updated", state=after, base=base, before=before, base_raw=raw, at=at, source="sync"
-    )
-    committed = await rail.commit(draft)
-    changed: MenuItem = committed.state
-    return changed
+    draft = Draft(entity=_ENTITY, event="updated", state=after, base=found, at=at, source="sync")
+    return (await rail.commit(draft)).raw

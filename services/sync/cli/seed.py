@@ -186,7 +186,6 @@ class Seeder:
             event="created",
             state=state,
             base=None,
-            before=None,
             at=now(),
             source="import",
             keyed=True,

@@ -24,7 +24,7 @@ from services.sync.operator_changes import commit, record_first
 from shared.entities import inventory_item, registry
 from shared.entities import order as orders
 from shared.entities.contract import Head, encode, now
-from shared.entities.entity import Entity
+from shared.entities.entity import VERSION_FIELD, Entity
 from shared.entities.order import Order, OrderStatus, held_again, payment_status
 from shared.errors import Conflict, InvalidInput
 from shared.mirror.mirror import Mirror
@@ -106,24 +106,27 @@ class ConflictDecisions:
         base = await heads.head(entity, conflict.restaurant_id, conflict.entity_id)
         if base is None:
             raise Conflict("the entity does not exist any more", code="changed_since", fields=[])
-        if keep == winner.change_id:
-            after = with_decision(entity, base.state, kept=winner.state, dropped=loser.state, strict=False)
-        else:
-            after = with_decision(entity, base.state, kept=loser.state, dropped=winner.state, strict=True)
-        if after == base.state:
+        kept, dropped = (winner, loser) if keep == winner.change_id else (loser, winner)
+        after, encoded = with_decision(
+            entity, base.raw, kept=kept.state, dropped=dropped.state, strict=keep != winner.change_id
+        )
+        if msgspec.json.decode(encoded) == _plain(entity, base.raw):
             return None
-        return await commit(self._rail, entity, event_between(entity, base.state, after), after, base, actor=actor)
+        event = event_between(entity, base.state, after)
+        return await commit(self._rail, entity, event, after, base, actor=actor, made_from=encoded)
 
 
-def with_decision(entity: Entity, current: Any, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool) -> Any:
-    """Returns the state `current`, in which each field with the value of `dropped` has the value of `kept` instead.
-    Pure.
+def with_decision(
+    entity: Entity, current: bytes, *, kept: dict[str, Any], dropped: dict[str, Any], strict: bool
+) -> tuple[Any, bytes]:
+    """Returns the encoded state `current`, in which each field with the value of `dropped` has the value of `kept`
+    instead: decoded, and encoded with the fields that this release does not know. Pure.
 
     A field in which `kept` and `dropped` differ can have a third value by now. If `strict`, such a field raises
     Conflict (`changed_since`). Otherwise the field keeps its value."""
-    kept, dropped = (_plain(entity.decode_state(encode(side))) for side in (kept, dropped))
-    after = _plain(current)
-    ignored_fields = _DERIVED_FIELDS | {facts.field for facts in entity.facts}
+    kept, dropped = (_plain(entity, encode(side)) for side in (kept, dropped))
+    before, after = entity.decode_state(current), _plain(entity, current)
+    ignored_fields = _DERIVED_FIELDS | {facts.field for facts in entity.facts} | {VERSION_FIELD}
     changed_since = []
     for name in sorted({*kept, *dropped} - ignored_fields):
         dropped_value, kept_value, value = (side.get(name, UNSET) for side in (dropped, kept, after))
@@ -142,15 +145,18 @@ def with_decision(entity: Entity, current: Any, *, kept: dict[str, Any], dropped
             code="changed_since",
             fields=changed_since,
         )
-    state = entity.decode_state(encode(after))
-    if entity is inventory_item.ENTITY and state.quantity != current.quantity:
+    encoded = encode(after)
+    state = entity.decode_state(encoded)
+    if entity is inventory_item.ENTITY and state.quantity != before.quantity:
         # The quantity of a side includes only the stock moves of that side.
         raise Conflict(
             "stock moved on both sides: count the item, then keep the winner",
             code="changed_since",
             fields=["quantity"],
         )
-    return _with_derived_order_fields(current, state, now()) if entity is orders.ENTITY else state
+    if entity is orders.ENTITY:
+        state = _with_derived_order_fields(before, state, now())
+    return state, entity.encode_state(state, encoded)[1]
 
 
 def _with_derived_order_fields(before: Order, after: Order, at: datetime) -> Order:
@@ -170,7 +176,8 @@ def event_between(entity: Entity, before: Any, after: Any) -> str:
     return "restored" if before.deleted_at and not after.deleted_at and "restored" in entity.events else "updated"
 
 
-def _plain(state: Any) -> dict[str, Any]:
-    """Returns the state as plain JSON values, encoded as in our stores."""
-    found: dict[str, Any] = msgspec.json.decode(encode(state))
+def _plain(entity: Entity, encoded: bytes) -> dict[str, Any]:
+    """Returns a state as plain JSON values: all fields that this release knows, encoded as it encodes them, and the
+    fields that it does not know."""
+    found: dict[str, Any] = msgspec.json.decode(entity.encode_state(entity.decode_state(encoded), encoded)[1])
     return found

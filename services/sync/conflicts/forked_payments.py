@@ -7,15 +7,17 @@ identified by its id.
 """
 
 import itertools
+from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any
 
 import msgspec
 import structlog
+from msgspec import Raw, Struct
 
 from shared.entities import order as orders
-from shared.entities.contract import now
-from shared.entities.order import Payment, payment_status
+from shared.entities.contract import encode, now
+from shared.entities.order import payment_status
+from shared.entities.overlay import field_of, with_field
 from shared.errors import InvalidInput, Unavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import money
@@ -32,6 +34,10 @@ _ENTITY = orders.ENTITY
 _LOOK_BACK = timedelta(days=7)
 # `opened_at` is the time at which the transaction began, but the conflict is visible only after the commit.
 _OVERLAP = timedelta(minutes=5)
+
+
+class _Identified(Struct):
+    id: str
 
 
 class ForkedPayments:
@@ -51,7 +57,7 @@ class ForkedPayments:
         restored = 0
         complete = len(found) < money.MAX_LEFT_OUT_ROWS
         for (restaurant, order), rows in itertools.groupby(found, lambda row: (row["restaurant_id"], row["order_id"])):
-            payments = tuple(_payment(row) for row in rows)
+            payments = [row["id"] for row in rows]
             try:
                 restored += await self._add(restaurant, order, payments)
             except (ClaimLost, Unavailable):
@@ -62,36 +68,41 @@ class ForkedPayments:
             self._since = looked_at - _OVERLAP
         return restored
 
-    async def _add(self, restaurant: str, id_: str, payments: tuple[Payment, ...]) -> bool:
-        """Adds payments to an order. Returns False if the order does not exist, or if its head already has them."""
+    async def _add(self, restaurant: str, id_: str, payments: Sequence[str]) -> bool:
+        """Adds the payments with these ids to an order. Returns False if the order does not exist, or if its head
+        already has them."""
         found = await self._heads.head(_ENTITY, restaurant, id_)
         if found is None:
             return False
-        base, order, raw = found
-        known = {payment.id for payment in order.payments}
-        payments = (*order.payments, *(payment for payment in payments if payment.id not in known))
-        if len(payments) == len(order.payments):
+        async with self._postgres.connection() as connection:
+            sides = await money.states_with_payments(connection, restaurant, id_, payments)
+        # The table lacks the fields that this release does not know, so the payments come from the forked states.
+        carried = {id_: raw for side in sides for id_, raw in _payments(side).items()}
+        before = _payments(found.raw)
+        added = [carried[one] for one in payments if one in carried and one not in before]
+        if not added:
             return False
+        made_from = with_field(_ENTITY.upcast(found.raw), "payments", encode([*before.values(), *added]))
+        order = _ENTITY.decode_state(made_from)
         at = max(now(), order.updated_at)
-        after = msgspec.structs.replace(
-            order, payments=payments, payment_status=payment_status(payments, order.total), updated_at=at
-        )
+        status = payment_status(order.payments, order.total)
         await self._rail.commit(
             Draft(
                 entity=_ENTITY,
                 event="payment_recorded",
-                state=after,
-                base=base,
-                before=order,
-                base_raw=raw,
+                state=msgspec.structs.replace(order, payment_status=status, updated_at=at),
+                base=found,
+                made_from=made_from,
                 at=at,
                 source="sync",
                 actor="reconciler",
             )
         )
-        log.warning("forked_payments_restored", id=id_, restaurant_id=restaurant, payments=len(payments))
+        log.warning("forked_payments_restored", id=id_, restaurant_id=restaurant, payments=len(order.payments))
         return True
 
 
-def _payment(row: dict[str, Any]) -> Payment:
-    return Payment(**{name: row[name] for name in ("id", "amount", "method", "created_at", "reference")})
+def _payments(order: bytes) -> dict[str, Raw]:
+    """Returns id -> encoded payment of the payments of an encoded order."""
+    found = msgspec.json.decode(field_of(_ENTITY.upcast(order), "payments"), type=list[Raw])
+    return {msgspec.json.decode(raw, type=_Identified).id: raw for raw in found}

@@ -33,9 +33,10 @@ def event_in(body: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tuple[Entity, str, Any]:
-    """Checks an operator's event. Returns (entity, name of the event, state after the event). `original`: the event in
-    the dead letter, or None if it is not readable. Raises InvalidInput, which names the field."""
+def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tuple[Entity, str, Any, bytes]:
+    """Checks an operator's event. Returns (entity, name of the event, state after the event, the same state encoded
+    with the fields that this release does not know). `original`: the event in the dead letter, or None if it is not
+    readable. Raises InvalidInput, which names the field."""
     for name in _REQUIRED:
         if name not in edited:
             raise InvalidInput("is missing", field=f"event.{name}")
@@ -65,7 +66,7 @@ def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tup
         entity, state = registry.read(change)
     except BrokenContract as error:
         raise InvalidInput(str(error), field=_field(error), code=error.reason) from error
-    return entity, change.type.split(".")[2], state
+    return entity, change.type.split(".")[2], state, bytes(change.data.after)
 
 
 def _field(error: BrokenContract) -> str:

@@ -16,7 +16,7 @@ from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
 from services.sync.difference import difference
 from services.sync.operator_changes import commit, record_first
 from shared.entities import registry
-from shared.entities.contract import encode, now
+from shared.entities.contract import now
 from shared.errors import InvalidInput
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
@@ -42,10 +42,9 @@ class DeadLetterRepairs:
             async with self._postgres.connection() as connection, connection.transaction():
                 dead_letter = await actions.take(connection, id_, revision=revision)
                 original = event_in(dead_letter.body)
-                entity, name, state = edited_event(original, event)
+                entity, name, state, encoded = edited_event(original, event)
                 base = await Heads.through(connection, self._mirror).head(entity, state.restaurant_id, state.id)
-                sent = encode(event["data"]["after"])
-                recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor, made_from=sent)
+                recorded.change_id = await commit(self._rail, entity, name, state, base, actor=actor, made_from=encoded)
                 return await actions.replace(
                     connection,
                     id_,

@@ -24,6 +24,7 @@ from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.commit import Rail
 from shared.rail.draft import Draft
+from shared.rail.head import Standing
 from shared.rail.outcomes import ClaimLost, OutOfStock
 from shared.settings import Settings
 
@@ -129,9 +130,7 @@ class LostMessages:
                 entity=entity,
                 event="updated",
                 state=state,
-                base=document.head,
-                before=state,
-                base_raw=document.state,
+                base=Standing(document.head, state, document.state),
                 at=now(),
                 source="sync",
                 actor="reconciler",

@@ -104,7 +104,7 @@ class RailRig:
         change, event = change_of(draft), encode(change_of(draft))
         series, lane = series_of(draft.entity, draft.state), draft.record_lane
         stock = claimed_stock_text(draft.entity, draft.state, draft.before)
-        reply = await self.mirror.claim(draft.entity, change, event, draft.base, series, stock, lane=lane)
+        reply = await self.mirror.claim(draft.entity, change, event, draft.base_head, series, stock, lane=lane)
         if isinstance(reply, Claimed):
             change, _ = with_number(draft.entity, change, draft.state, reply.number)
         return change, reply
