@@ -18,6 +18,7 @@ from deploy.local.child import Child
 from deploy.local.port_check import find_free
 from tests.chaos.schedule import SERVERS, Fault, Kind
 from tests.rigs.http_client import http_client
+from tests.rigs.previous_release import NoHistory, write_previous_release
 from tests.rigs.proxy import FOUR_MBIT, Mode, Proxy
 from tests.rigs.servers import Server, Servers
 from tests.rigs.system import System, eventually
@@ -46,6 +47,8 @@ class ChaosRig:
         """Service -> how often it was restarted because it ended by itself."""
         self.disk: Path | None = None
         """The file system of the services; None if this user may not mount one."""
+        self.previous: Path | None = None
+        """The tree of the previous release; None if the history lacks it. Then the fault restarts a service only."""
 
     # -- start and stop ----------------------------------------------------------------------------------------
 
@@ -58,6 +61,10 @@ class ChaosRig:
         for name, port in ports.items():
             self.proxies[name] = Proxy(port)
             await self.proxies[name].start()
+        try:
+            self.previous = await asyncio.to_thread(write_previous_release, self._new_folder("previous-release"))
+        except NoHistory as error:
+            print(f"no previous release: {error}", flush=True)
         home = self.folder / "home"
         self._mount(home)
         plain = System(self.servers, home, **self._settings)
@@ -101,6 +108,11 @@ class ChaosRig:
             await proxy.stop()
         if self.disk is not None:
             await asyncio.to_thread(self._unmount, self.disk)
+
+    def _new_folder(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir()
+        return folder
 
     def _mount(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -174,6 +186,8 @@ class ChaosRig:
                 self.proxies["rabbitmq"].set(Mode.REFUSE)
             case Kind.HOST_FULL:
                 self._fill_disk(fault)
+            case Kind.OLD_RELEASE:
+                await self._replace(fault.target, self.previous)
 
     async def end(self, fault: Fault) -> None:
         match fault.kind:
@@ -192,6 +206,8 @@ class ChaosRig:
                 self.proxies["rabbitmq"].set(Mode.FORWARD)
             case Kind.HOST_FULL:
                 self._filler(fault).unlink(missing_ok=True)
+            case Kind.OLD_RELEASE:
+                await self._replace(fault.target, None)
             case Kind.WIPE:
                 pass
 
@@ -199,7 +215,7 @@ class ChaosRig:
         """Restarts services that ended by themselves, like a supervisor. Leaves those in `except_for` down: a fault
         stopped them."""
         for name, child in list(self.system.children.items()):
-            if child.returncode is not None and name not in except_for:
+            if name not in except_for and child.returncode is not None:  # the fault's thread waits for the others
                 self.restarted[name] += 1
                 self._start(name)
 
@@ -207,6 +223,12 @@ class ChaosRig:
         for name in self.system.children:
             await self.system.ready(name, within=90.0)
         await eventually(self.system.warm, within=60.0, what="a warm mirror", until=lambda state: state == "warm")
+
+    async def _replace(self, name: str, root: Path | None) -> None:
+        """Stops a service and starts it from another tree, or from this one."""
+        await self.system.stop(name)
+        self.system.roots[name] = root or self.system.root
+        self._start(name)
 
     def _start(self, name: str) -> None:
         self.system.start(name.rpartition("-")[2], alias=name, **self._more.get(name, {}))

@@ -19,6 +19,7 @@ class Kind(StrEnum):
     """The disk of the services is full, and the broker refuses connections."""
     HOST_FULL = "host disk full"
     """The disk of the services is full: journals, logs and traces."""
+    OLD_RELEASE = "previous release of"
 
 
 SERVICES = ("orders", "second-orders", "worker", "notifier", "sync")
@@ -36,6 +37,7 @@ _KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
     Kind.ROLL_BACK: (("redis",), (0.5, 2.0), 1),
     Kind.DISK_FULL: (("rabbitmq",), (2.0, 5.0), 1),
     Kind.HOST_FULL: (("host",), (2.0, 8.0), 1),
+    Kind.OLD_RELEASE: (SERVICES, (4.0, 12.0), 2),
 }
 _LONG_STALL_SECONDS = 70.0
 _LONG_RUN_SECONDS = 170.0

@@ -14,15 +14,27 @@ PREVIOUS_RELEASE = "HEAD"
 """A tag. Before the first release, a commit that has the same keys, tables and queues as this tree."""
 
 
+class NoHistory(Exception):
+    """This tree lacks the previous release: it is an archive of the sources or a shallow clone."""
+
+
 def previous_release(folder: Path) -> Path:
-    """Writes the tree of the previous release into `folder` and returns it. Skips the test, with the reason, in a tree
-    without that history, such as an archive of the sources or a shallow clone."""
+    """Writes the tree of the previous release into `folder` and returns it. Skips the test, with the reason, without
+    that history."""
+    try:
+        return write_previous_release(folder)
+    except NoHistory as error:
+        pytest.skip(str(error))
+
+
+def write_previous_release(folder: Path) -> Path:
+    """Writes the tree of the previous release into `folder` and returns it. Raises NoHistory."""
     try:
         top, commit = _git("rev-parse", "--show-toplevel", "--verify", f"{PREVIOUS_RELEASE}^{{commit}}").splitlines()
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        pytest.skip(f"no history with the previous release {PREVIOUS_RELEASE}, which a full clone has: {error}")
+        raise NoHistory(f"only a full clone has the previous release {PREVIOUS_RELEASE}: {error}") from error
     if Path(top) != ROOT:
-        pytest.skip(f"{ROOT} is no clone: its files lie in the repository {top}")
+        raise NoHistory(f"{ROOT} is no clone: its files lie in the repository {top}")
     with tempfile.TemporaryFile() as archive:
         subprocess.run(["git", "archive", "--format=tar", commit], cwd=ROOT, stdout=archive, check=True)
         archive.seek(0)

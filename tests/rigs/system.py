@@ -84,6 +84,8 @@ class System:
         self.redis = redis or servers.redis
         self.root = ROOT
         """The folder whose code runs; a test may set a copy of the repository."""
+        self.roots: dict[str, Path] = {}
+        """Service or alias -> the folder whose code it runs, if it is not `root`."""
         self.name = f"t{uuid4().hex[:10]}"
         ports = find_free(4)
         self.ports = dict(zip(SERVICES, ports, strict=True))
@@ -158,7 +160,9 @@ class System:
         """Starts a service. A second instance needs an `alias` and `settings` of its own."""
         env = {**self.env, **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in settings.items()}}
         log = self.directory / f"{alias or name}.log"
-        self.children[alias or name] = zygote.spawn(SERVICES[name], log=log, env=env, cwd=self.root)
+        self.children[alias or name] = zygote.spawn(
+            SERVICES[name], log=log, env=env, cwd=self.roots.get(alias or name, self.root)
+        )
 
     @asynccontextmanager
     async def another_orders(self, alias: str, **settings: object) -> AsyncIterator[str]:
