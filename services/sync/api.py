@@ -32,7 +32,7 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_HEARTBEATS = "select lane, sent_at from heartbeats"
+_HEARTBEATS = "select lane, sent_at from last_heartbeats"
 _PROBE_TIMEOUT_SECONDS = 1.0
 
 

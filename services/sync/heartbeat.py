@@ -42,7 +42,7 @@ def log_path_of(lane: Lane) -> str:
 HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane in Lane))
 
 _MIN_FRESH_SECONDS = 2.0
-_LANES_EMPTIED = "select min(sent_at) from heartbeats where lane = any($1) having count(*) = cardinality($1)"
+_LANES_EMPTIED = "select min(sent_at) from last_heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
 
 async def lanes_emptied(connection: Connection) -> datetime | None:
@@ -253,7 +253,7 @@ class HeartbeatSender:
         """Reads the heartbeats that other workers have stored, because these prove the bindings too."""
         try:
             async with self._postgres.connection() as connection:
-                for row in await connection.fetch("select lane, sent_at, stored_at from heartbeats"):
+                for row in await connection.fetch("select lane, sent_at, stored_at from last_heartbeats"):
                     if row["lane"] in set(Lane):
                         self._watch.stored(Lane(row["lane"]), row["sent_at"], row["stored_at"])
         except Exception as error:  # noqa: BLE001  (the next round reads again)

@@ -1,5 +1,5 @@
-"""Assembles the sync worker: the PostgreSQL writer, the mirror writer, the feed loop, the dead-letter collector,
-replays, heartbeats, the reconciler, thresholds, the cleanup, and a health endpoint.
+"""Assembles the sync worker: the PostgreSQL writer, the mirror writer, the feed loop, the ledger loop, the dead-letter
+collector, replays, heartbeats, the reconciler, thresholds, the cleanup, and a health endpoint.
 
 The worker can start while PostgreSQL, Redis or RabbitMQ is unavailable, and waits for them. It refuses to start if the
 broker answers and lacks a queue or a binding. At a stop, consumers unsubscribe and finish their messages before the
@@ -18,6 +18,7 @@ from msgspec import Struct
 from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.dead_letters.replay_worker import Replays
 from services.sync.heartbeat import HEARTBEAT_PATHS, HeartbeatMonitor, HeartbeatSender
+from services.sync.ledger.ledger_loop import LedgerLoop
 from services.sync.maintenance.cleanup import Cleanup
 from services.sync.maintenance.reconciler import Reconciler
 from services.sync.mirror.feed_loop import FeedLoop
@@ -48,6 +49,7 @@ class WorkerParts(Struct, frozen=True):
     postgres_writer: PostgresWriter
     mirror_writer: MirrorWriter
     feed_loop: FeedLoop
+    ledger_loop: LedgerLoop
     reconciler: Reconciler
     collector: DeadLetterCollector
     replays: Replays
@@ -78,6 +80,7 @@ def assemble(settings: Settings) -> WorkerParts:
         PostgresWriter(settings, postgres, publisher, watch, tracer, writer_metrics, committed=feed_loop.wake),
         mirror_writer,
         feed_loop,
+        LedgerLoop(settings, postgres, publisher),
         Reconciler(settings, postgres, mirror, rail),
         DeadLetterCollector(settings, postgres, writer_metrics),
         Replays(settings, postgres, mirror_writer, publisher),
@@ -131,6 +134,10 @@ def _watch(parts: WorkerParts) -> None:
     watch("ticketrail_mirror_warm", lambda: parts.mirror_writer.warm)
     watch("ticketrail_feed_stalled_seconds", lambda: parts.feed_loop.stalled_seconds)
     watch("ticketrail_claims_unfinished", lambda: parts.rail_parts.rail.claim_finisher.unfinished)
+    ledger = parts.ledger_loop.totals
+    watch("ticketrail_ledger_resent", lambda: ledger.resent)
+    watch("ticketrail_ledger_republished", lambda: ledger.republished)
+    watch("ticketrail_ledger_unexplained", lambda: len(ledger.unexplained))
     watch_pool(parts.metrics, parts.postgres)
 
 
@@ -145,6 +152,7 @@ async def start(parts: WorkerParts) -> None:
     parts.collector.start()
     parts.mirror_writer.start()
     parts.feed_loop.start()
+    parts.ledger_loop.start()
     await parts.heartbeats.start()
     await parts.watch.prove(max(_MIN_PROOF_SECONDS, 3 * parts.settings.heartbeat_interval_seconds))
     parts.reconciler.start()
@@ -164,6 +172,7 @@ async def stop(parts: WorkerParts) -> None:
     await parts.collector.stop()
     await parts.mirror_writer.stop()
     await parts.feed_loop.stop()
+    await parts.ledger_loop.stop()
     await parts.rail_parts.close()
     await parts.postgres.close()
     parts.tracer.close()
@@ -180,6 +189,7 @@ async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bo
         "mirror": "warm" if parts.mirror_writer.warm else "cold",
         "feed": parts.feed_loop.state(),
         **await parts.rail_parts.clock_details(),
+        "ledger": parts.ledger_loop.state(),
     }
 
 

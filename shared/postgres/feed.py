@@ -14,7 +14,8 @@ again at the checkpoint that its position names (`restarted` is set), and receiv
 checkpoint is not there either, the read raises PositionLost, and the reader must load everything again, beginning at
 `find_end`. The checkpoint of a position is at least 30 seconds old, so that a standby that lags has it.
 
-A server may hide its timeline (managed servers do). Then the row alone proves a position.
+The timeline includes the start of the server, because a restored snapshot of its disk has the same timeline, and may
+have the row of the position although it lacks an earlier one. A server may hide the rest (managed servers do).
 """
 
 import time
@@ -28,7 +29,7 @@ from shared.postgres.pool import Connection
 if TYPE_CHECKING:
     import asyncpg
 
-_ROWS_PER_BATCH = 500
+_PAGE_CHANGES = 500
 
 _PROVE = """
 select pg_current_snapshot() as snapshot, feed_timeline() as timeline,
@@ -149,8 +150,10 @@ class VisibleFeed:
     `read` yields the changes that became visible since the last call. `position` then is the position to keep: it
     moves with every page, and never passes a running transaction."""
 
-    def __init__(self, position: FeedPosition) -> None:
+    def __init__(self, position: FeedPosition, *, page_changes: int = _PAGE_CHANGES) -> None:
+        """`page_changes`: the maximum number of changes in a page."""
         self.position = position
+        self._page_changes = page_changes
         self._seen: Snapshot | None = None
         self._stalled_since: float | None = None
 
@@ -179,7 +182,7 @@ class VisibleFeed:
                 cursor = await connection.cursor(_AFTER, str(self.position.xid), self.position.seq)
             else:
                 cursor = await connection.cursor(_NEWLY_VISIBLE, [str(one) for one in seen.running], str(seen.xmax))
-            while rows := await cursor.fetch(_ROWS_PER_BATCH):
+            while rows := await cursor.fetch(self._page_changes):
                 # While all changes come in order, the position may move to each of them that no running transaction
                 # can precede. Otherwise earlier changes may follow, so that it moves at the end only.
                 passed = [row for row in rows if row["xid"] < snapshot.xmin] if seen is None else []
@@ -201,7 +204,8 @@ async def _prove(connection: Connection, position: FeedPosition) -> _Proved:
     )
     assert row is not None
     timeline = row["timeline"]
-    if timeline and row["system"] not in (None, timeline.partition("-")[0]):
+    system = timeline.partition("-")[0]
+    if system and row["system"] not in (None, "", system):
         raise ForeignDatabase("the database was restored into another server: run `ticketrail migrate`")
     snapshot = Snapshot(*row["snapshot"])
     same_timeline = not timeline or not position.timeline or timeline == position.timeline

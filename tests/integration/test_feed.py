@@ -70,6 +70,17 @@ async def read_visible(feed: VisibleFeed, connection: Connection) -> list[str]:
     return found
 
 
+async def read_some(kept: FeedPosition, connection: Connection, chance: random.Random, seen: set[str]) -> FeedPosition:
+    """A reader begins at the position that was kept, and dies after some pages. Returns the position that it kept."""
+    async with aclosing(VisibleFeed(kept, page_changes=2).read(connection)) as pages:
+        async for page in pages:
+            seen.update(one.change_id for one in page.changes)
+            kept = page.position
+            if chance.random() < 0.3:
+                break
+    return kept
+
+
 @pytest.fixture
 async def rig(make_rig: MakeRig) -> Rig:
     made: Rig = await make_rig()
@@ -143,7 +154,7 @@ async def test_no_interleaving_of_transactions_hides_a_change(rig: Rig, seed: in
     connections = [await asyncpg.connect(rig.settings.database_writer_url) for _ in range(4)]
     under_way: dict[int, tuple[Any, list[str]]] = {}
     committed: set[str] = set()
-    feed, seen = VisibleFeed(BEGINNING), set[str]()
+    feed, seen = VisibleFeed(BEGINNING, page_changes=2), set[str]()
     position, paged = BEGINNING, list[str]()
     for _ in range(120):
         at, what = chance.randrange(4), chance.random()
@@ -158,11 +169,11 @@ async def test_no_interleaving_of_transactions_hides_a_change(rig: Rig, seed: in
             else:
                 await transaction.commit()
                 committed.update(ids)
+        elif what < 0.65:
+            feed = VisibleFeed(await read_some(feed.position, rig.database, chance, seen), page_changes=2)
         elif what < 0.75:
             seen.update(await read_visible(feed, rig.database))
             assert committed <= seen
-            if chance.random() < 0.3:
-                feed = VisibleFeed(feed.position)
         else:
             page = await read_page(rig.database, position, limit=3)
             paged += [one.change_id for one in page.changes]
@@ -292,7 +303,7 @@ async def test_failover_to_a_standby_without_the_last_commits_hides_nothing(repl
     await connection.close()
 
 
-async def test_restored_files_with_the_same_timeline_are_told_by_the_row(replication: Replication) -> None:
+async def test_restored_files_with_the_same_timeline_hide_nothing(replication: Replication) -> None:
     feed, seen, kept = await _begin(replication)
     copy = await asyncio.to_thread(replication.copy_files)
     connection = await replication.connect()
@@ -328,8 +339,47 @@ async def test_second_standby_with_the_same_timeline_number_hides_nothing(replic
     connection = await replication.connect()
     new = await write(connection, 6)
     found = set(await read_visible(feed, connection))
-    assert feed.position.timeline == timeline
+    # Only the start of the server is another one.
+    assert feed.position.timeline.rpartition("-")[0] == timeline.rpartition("-")[0]
     assert set(new) <= found
     assert await _visible(connection) <= seen | found
     await _pages_reach_the_end(connection, position, [*kept, *new])
+    await connection.close()
+
+
+async def test_lost_commit_before_the_row_of_the_position_is_told_by_the_timeline(replication: Replication) -> None:
+    """The smaller transaction id committed last, so that the standby has the row of the position and lacks an earlier
+    one."""
+    standby = await asyncio.to_thread(replication.standby)
+    feed, _, _ = await _begin(replication)
+    slow, fast = await replication.connect(), await replication.connect()
+    transaction = slow.transaction()
+    await transaction.start()
+    (lost,) = await write(slow)
+    (last,) = await write(fast)
+    await replication.caught_up(standby)
+    await asyncio.to_thread(standby.stop)
+    await transaction.commit()
+    assert set(await read_visible(feed, fast)) == {lost, last}
+    assert feed.position.change_id == last
+    for connection in (slow, fast):
+        await connection.close()
+    await asyncio.to_thread(replication.fail_over, standby)
+    connection = await replication.connect()
+    assert await _visible(connection) >= {last}
+    assert lost not in await _visible(connection)
+    assert (await read_page(connection, feed.position, limit=10)).restarted
+    await connection.close()
+
+
+async def test_restart_of_the_server_begins_at_the_checkpoint_as_it_may_be_a_restored_snapshot(
+    replication: Replication,
+) -> None:
+    feed, _, kept = await _begin(replication)
+    await asyncio.to_thread(replication.primary.stop)
+    await asyncio.to_thread(replication.primary.start)
+    connection = await replication.connect()
+    page = await read_page(connection, feed.position, limit=10)
+    assert page.restarted
+    assert [one.change_id for one in page.changes] == kept
     await connection.close()

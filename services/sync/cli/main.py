@@ -28,7 +28,6 @@ from services.sync.id_argument import RESTAURANT, IdArgument, full_id
 from services.sync.imports import commands as import_commands
 from services.sync.ledger import commands as ledger_commands
 from services.sync.maintenance import commands as maintenance_commands
-from services.sync.maintenance import from_log_commands
 from services.sync.mirror import commands as mirror_commands
 from shared.entities.contract import encode
 from shared.messaging import asyncapi, declare
@@ -229,7 +228,6 @@ def asyncapi_command() -> None:
 for command in (
     *conflict_commands.COMMANDS,
     *dead_letter_commands.COMMANDS,
-    *from_log_commands.COMMANDS,
     *import_commands.COMMANDS,
     *journal.COMMANDS,
     *ledger_commands.COMMANDS,

@@ -28,7 +28,7 @@ _COLUMNS = (
     "message_stats.publish_details.rate,message_stats.deliver_get_details.rate,message_stats.ack_details.rate"
 )
 _TIMEOUT_SECONDS = 3.0
-_HEARTBEATS = "select lane, sent_at from heartbeats"
+_HEARTBEATS = "select lane, sent_at from last_heartbeats"
 _RETRYING = "select lane, count(*)::int8 as retrying, min(failed_at) as oldest from retries group by lane"
 
 

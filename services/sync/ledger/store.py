@@ -28,14 +28,13 @@ select r.change_id::text from retries r
 join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 """
 _RETRY_COUNTS = "select lane, count(*)::int8 from retries group by lane"
-_HEARTBEATS = "select lane, sent_at from heartbeats"
+_HEARTBEATS = "select lane, sent_at from last_heartbeats"
 _SUCCESSORS = """
 select distinct on (c.base_change_id) c.base_change_id::text, c.change_id::text
 from changes c join unnest($1::uuid[], $2::uuid[]) as lost (restaurant_id, change_id)
     on c.restaurant_id = lost.restaurant_id and c.base_change_id = lost.change_id
 order by c.base_change_id, c.version
 """
-_STORED_DEAD_LETTERS = "select digest from dead_letters where digest = any($1::bytea[])"
 _RESTAURANTS = "select id::text, slug from restaurants"
 
 Key = tuple[str, str]
@@ -69,11 +68,6 @@ async def heartbeats(connection: Connection) -> dict[str, datetime]:
 async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str, str]:
     """Returns change id -> id of a change in PostgreSQL that has this change as its base."""
     return {row[0]: row[1] for row in await connection.fetch(_SUCCESSORS, *_columns(changes))}
-
-
-async def stored_dead_letters(connection: Connection, digests: Sequence[bytes]) -> set[bytes]:
-    """Returns those digests that belong to a stored dead letter, in any status."""
-    return {row[0] for row in await connection.fetch(_STORED_DEAD_LETTERS, list(digests))}
 
 
 async def slugs(connection: Connection) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""The cleanup deletes expired data: refresh tokens, the progress of imports that were not resumed for 30 days, dead
-letters and replays that were closed longer ago than their retention, and trace files that are older than a week.
-Orders, changes and open dead letters are never deleted. The cleanup is idempotent, and two cleanups may run at the same
-time.
+"""The cleanup deletes expired data: refresh tokens, the progress of imports that were not resumed for 30 days, old
+heartbeats, dead letters and replays that were closed longer ago than their retention, and trace files that are older
+than a week. Orders, changes and open dead letters are never deleted. The cleanup is idempotent, and two cleanups may
+run at the same time.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 _EXPIRED_TOKENS = "delete from refresh_tokens where expires_at < now() - interval '7 days'"
 _REVOKED_TOKENS = "delete from refresh_tokens where revoked_at < now() - interval '7 days'"
 _IMPORTS = "delete from imports where updated_at < now() - interval '30 days'"
+_HEARTBEATS = "delete from heartbeats where at < now() - interval '1 hour'"
 _TRACE_DAYS = 7.0
 
 
@@ -53,12 +54,14 @@ class Cleanup:
         async with self._postgres.connection() as connection:
             tokens = [await connection.execute(statement) for statement in (_EXPIRED_TOKENS, _REVOKED_TOKENS)]
             imports = await connection.execute(_IMPORTS)
+            heartbeats = await connection.execute(_HEARTBEATS)
             days = self._settings.dead_letter_retention_days
             dead_letters = await retention.remove_closed_dead_letters(connection, days)
             replays = await retention.remove_ended_jobs(connection, days)
         return {
             "tokens": sum(_rows(status) for status in tokens),
             "imports": _rows(imports),
+            "heartbeats": _rows(heartbeats),
             "dead_letters": dead_letters,
             "replays": replays,
             "trace_files": await asyncio.to_thread(self._old_traces),

@@ -31,7 +31,7 @@ OVERLAP = timedelta(minutes=10)
 """The mirror writer begins this long before PostgreSQL's last heartbeat in the log. Older changes are late."""
 STATES_PER_SCRIPT = 250
 """The maximum number of states in one script: Redis runs no other command while a script runs."""
-_LAST_HEARTBEAT = "select min(sent_at) from heartbeats where lane <> ''"
+_LAST_HEARTBEAT = "select min(sent_at) from last_heartbeats where lane <> ''"
 _REGISTER = "insert into mirror_identities (identity) values ($1) returning id, at"
 
 

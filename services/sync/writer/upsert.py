@@ -149,13 +149,10 @@ order by 1, 5, 6
 on conflict do nothing
 """
 
-# On another channel a heartbeat may overtake an earlier one, so the heartbeat with the latest time is kept.
 _STORE_HEARTBEATS = """
-insert into heartbeats as t (lane, heartbeat_id, sent_at)
-select * from unnest($1::text[], $2::uuid[], $3::timestamptz[])
-on conflict (lane) do update
-set heartbeat_id = excluded.heartbeat_id, sent_at = excluded.sent_at, stored_at = now()
-where excluded.sent_at > t.sent_at
+insert into heartbeats (id, lane, sent_at)
+select * from unnest($1::uuid[], $2::text[], $3::timestamptz[])
+on conflict (id) do nothing
 """
 
 
@@ -264,12 +261,11 @@ async def _write_changes(connection: Connection, written: Sequence[DecodedChange
 
 
 async def _store_heartbeats(connection: Connection, heartbeats: Sequence[Signal]) -> None:
-    last = {heartbeat.lane: heartbeat for heartbeat in sorted(heartbeats, key=lambda heartbeat: heartbeat.time)}
-    ordered = [last[lane] for lane in sorted(last)]
+    ordered = sorted(heartbeats, key=lambda heartbeat: heartbeat.id)
     await connection.execute(
         _STORE_HEARTBEATS,
-        [heartbeat.lane for heartbeat in ordered],
         [heartbeat.id for heartbeat in ordered],
+        [heartbeat.lane for heartbeat in ordered],
         [heartbeat.time for heartbeat in ordered],
     )
 

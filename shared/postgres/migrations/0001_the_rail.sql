@@ -71,13 +71,18 @@ create table conflicts (
     primary key (restaurant_id, change_id, other_change_id)
 );
 
--- The last heartbeat of every lane that PostgreSQL has stored.
+-- The heartbeats of the last hour that PostgreSQL has committed: what was before them in their lane has left the lane.
 create table heartbeats (
-    lane text primary key,
-    heartbeat_id uuid not null,
+    id uuid primary key,
+    lane text not null,
     sent_at timestamptz not null,
-    stored_at timestamptz not null default now()
+    xid xid8 not null default pg_current_xact_id(),
+    at timestamptz not null default now()
 );
+create index heartbeats_of_lane on heartbeats (lane, sent_at desc);
+create index heartbeats_by_time on heartbeats (at);
+create view last_heartbeats as
+    select distinct on (lane) lane, id, sent_at, at as stored_at from heartbeats order by lane, sent_at desc;
 
 -- Tables for readers: the current state of every entity.
 create table orders (
@@ -187,8 +192,9 @@ end $$;
 -- `changes` is append-only for every role.
 revoke update, delete on changes from ticketrail_writer;
 
-grant select, insert, update on heartbeats to ticketrail_writer;
-grant select on heartbeats to ticketrail_api, ticketrail_ops;
+grant select, insert, delete on heartbeats to ticketrail_writer;
+grant select on last_heartbeats to ticketrail_writer;
+grant select on heartbeats, last_heartbeats to ticketrail_api, ticketrail_ops;
 -- The services read restaurants before they know the tenant of the caller. They do not need users and terminals then.
 grant select on restaurants to ticketrail_api, ticketrail_writer, ticketrail_ops;
 grant select, insert, update on users, terminals to ticketrail_writer;

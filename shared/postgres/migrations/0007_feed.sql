@@ -24,15 +24,18 @@ create table database_server (
     system_identifier text not null
 );
 
--- Returns '<system identifier>-<timeline of the write-ahead log>', or '' where a managed server hides them. The control
--- file would name the former timeline for a while after a promotion. Services may call this function even if only the
--- owner may call the functions in it.
+-- Returns '<system identifier>-<timeline of the write-ahead log>-<start of the server>'. A managed server may hide the first
+-- two. The control file would name the former timeline for a while after a promotion. The start tells a restored snapshot of
+-- the disk, which has the same timeline. Services may call this function even if only the owner may call those in it.
 create function feed_timeline() returns text language plpgsql stable security definer set search_path = pg_catalog as $$
+declare
+    started text := (extract(epoch from pg_postmaster_start_time()) * 1000000)::int8::text;
 begin
-    return (select system_identifier from pg_control_system()) || '-' || left(pg_walfile_name(pg_current_wal_lsn()), 8);
+    return (select system_identifier from pg_control_system()) || '-' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
+        || '-' || started;
 exception
     when insufficient_privilege or undefined_function or feature_not_supported then
-        return '';
+        return '--' || started;
     when object_not_in_prerequisite_state then
         raise sqlstate '25006' using message = 'this server is a standby, which has no feed';
 end $$;

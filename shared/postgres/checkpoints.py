@@ -1,0 +1,101 @@
+"""Checkpoints: the table says up to where the change log and the feed agree. The leader of the ledger writes one every
+few seconds (services/sync/ledger/ledger_loop.py); a reader that has lost its position begins at one.
+
+A checkpoint holds as long as the log proves its `log_at`, because a log loses only its end.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from shared.entities.contract import encode
+from shared.messaging.position import LogPosition
+from shared.postgres.pool import Connection
+
+BEFORE_LOG = LogPosition(-1, 0)
+"""The position before the first entry of a log."""
+
+_COLUMNS = "id::text, log_low, log_low_crc, log_at, log_at_crc, feed_xid, feed_seq"
+_LAST = f"select {_COLUMNS} from checkpoints order by xid desc limit 1"  # noqa: S608  (the columns above)
+# The newest ones, and of the older ones one for each minute.
+_CANDIDATES = f"""
+(select {_COLUMNS}, xid from checkpoints order by xid desc limit 3)
+union
+(select distinct on (date_trunc('minute', at)) {_COLUMNS}, xid from checkpoints order by date_trunc('minute', at) desc,
+xid limit $1)
+order by xid desc
+"""  # noqa: S608  (the columns above)
+_APPEND = """
+insert into checkpoints (log_low, log_low_crc, log_at, log_at_crc, feed_xid, feed_seq, counts)
+select $2, $3, $4, $5, $6::text::xid8, $7, $8::text::json
+where $1::uuid is not distinct from (select id from checkpoints order by xid desc limit 1)
+returning id::text
+"""
+_PRUNE = """
+delete from checkpoints c
+where c.at < now() - interval '10 minutes' and exists(
+    select from checkpoints earlier
+    where date_trunc('minute', earlier.at) = date_trunc('minute', c.at) and earlier.xid < c.xid
+) or c.at < now() - make_interval(days => $1)
+"""
+
+
+class Checkpoint(Struct, frozen=True):
+    id: str
+    log_low: LogPosition
+    """Log entries up to this one are in `changes`, or dead."""
+    log_at: LogPosition
+    """The last log entry that was read."""
+    feed_xid: int
+    feed_seq: int
+    """Changes up to (feed_xid, feed_seq) are in the log up to `log_at`."""
+
+
+async def last_checkpoint(connection: Connection) -> Checkpoint | None:
+    row = await connection.fetchrow(_LAST)
+    return None if row is None else _checkpoint(row)
+
+
+async def list_checkpoints(connection: Connection, *, limit: int = 20) -> list[Checkpoint]:
+    """Returns checkpoints to try, newest first: the newest ones, and about `limit` older ones."""
+    return [_checkpoint(row) for row in await connection.fetch(_CANDIDATES, limit)]
+
+
+async def append_checkpoint(
+    connection: Connection,
+    after: str | None,
+    *,
+    log_low: LogPosition,
+    log_at: LogPosition,
+    feed: tuple[int, int],
+    counts: Mapping[str, int],
+) -> str | None:
+    """Writes a checkpoint that follows `after`, the last one of the writer. Returns its id, or None if another one is
+    the last: another leader has written it, or PostgreSQL has lost the one of the writer. `connection`: holds the lock
+    of the leader."""
+    found: str | None = await connection.fetchval(
+        _APPEND, after, *log_low, *log_at, str(feed[0]), feed[1], encode(counts).decode()
+    )
+    return found
+
+
+async def prune_checkpoints(connection: Connection, *, days: int) -> int:
+    """Deletes checkpoints: of those older than ten minutes one per minute stays, for `days`. Returns their number."""
+    return int((await connection.execute(_PRUNE, days)).rpartition(" ")[2])
+
+
+def positions(checkpoints: Sequence[Checkpoint], name: str) -> list[LogPosition]:
+    """Returns the positions `log_low` or `log_at` of checkpoints, without those before the first entry."""
+    found: list[LogPosition] = [getattr(one, name) for one in checkpoints]
+    return [position for position in dict.fromkeys(found) if position != BEFORE_LOG]
+
+
+def _checkpoint(row: Any) -> Checkpoint:
+    return Checkpoint(
+        row["id"],
+        LogPosition(row["log_low"], row["log_low_crc"]),
+        LogPosition(row["log_at"], row["log_at_crc"]),
+        row["feed_xid"],
+        row["feed_seq"],
+    )
