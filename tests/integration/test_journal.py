@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shared.entities.contract import Lane, encode, split_batch
+from shared.errors import Unavailable
 from shared.messaging.publisher import InDoubt, NotSent
 from shared.rail.drain import Drainer
 from shared.rail.journal import Journal, JournalBroken, JournalFull
@@ -170,7 +171,7 @@ async def test_closed_or_unopened_journal_is_broken_and_may_be_closed_twice(
     await journal.open()
     await journal.close()
     await journal.close()
-    with pytest.raises(JournalBroken):
+    with pytest.raises(Unavailable):
         await InstanceNumbers(journal).next("r", "d")
 
 

@@ -180,13 +180,9 @@ async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(l
     dead = [encode(traced()).replace(b'"total":', b'"total":-') for _ in range(3)]
     await ledger_rig.rig.publish(*dead, change(order(items=1)), b'{"id": "no change at all"}')
     balance = await ledger_rig.until(synced=1, dead=3)
-    assert balance.dead_outcomes == {"in_queue": 3}, (
-        "dead letters that no collector has read are not counted in their queue"
-    )
+    assert balance.dead_outcomes == {"open": 3}
     assert balance.unreadable == 1
-    ledger_rig.rig.collector.start()
     dead_letters = [one for one in await ledger_rig.rig.dead_letters(4) if one.change_id]
-    assert (await ledger_rig.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
     async with ledger_rig.ops.connection() as connection, connection.transaction():
         one, two, _ = dead_letters
         by: dict[str, Any] = {"why": "a test", "actor": "a tester", "role": "operator"}

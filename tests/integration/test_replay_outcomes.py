@@ -6,11 +6,14 @@ from shared.entities.contract import Change, Lane, now
 from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.log import LogReader
+from shared.mirror.stored_heads import FeedNote
+from shared.postgres.feed import find_end
 from tests.rigs.builders import RESTAURANT, change, message, order
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.rail.changes import applied
 from tests.rigs.replays import (
     ALLOW_FORBIDDEN_NOTES,
+    REFUSE_FORBIDDEN_NOTES,
     create_job,
     make_dead_letters,
     make_refused,
@@ -19,28 +22,39 @@ from tests.rigs.replays import (
     read_job,
     wait_ended,
 )
+from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
 
-async def test_written_replay_resolves_its_dead_letter_and_the_mirror_shows_synced(refusing_rig: Rig) -> None:
-    [made] = await reveal_and_kill(refusing_rig)
-    await refusing_rig.as_owner(ALLOW_FORBIDDEN_NOTES)
-    refusing_rig.replays.start()
-    job = await wait_ended(refusing_rig, await create_job(refusing_rig))
+async def test_written_replay_resolves_its_dead_letter_and_the_mirror_shows_synced(
+    make_rig: MakeRig, servers: Servers
+) -> None:
+    # The mirror is one of its own, because it keeps the position of one feed.
+    rig: Rig = await make_rig(redis_url=servers.extra_redis().url)
+    await rig.as_owner(REFUSE_FORBIDDEN_NOTES)
+    await rig.writer.start()
+    rig.collector.start()
+    end = await find_end(rig.database)
+    await rig.mirror.settle([], note=FeedNote(end.xid, end.encode()))
+    rig.feed_loop.start()
+    made = await reveal_and_kill(rig)
+    await rig.as_owner(ALLOW_FORBIDDEN_NOTES)
+    rig.replays.start()
+    job = await wait_ended(rig, await create_job(rig))
     assert (job.state, job.outcomes, job.total) == ("done", {"resolved": 1}, 1)
-    dead_letter = await read_dead_letter(refusing_rig, made)
+    dead_letter = await read_dead_letter(rig, made)
     assert (dead_letter.status, dead_letter.deaths, dead_letter.revision) == ("resolved", 1, 3)
     assert dead_letter.closed_at is not None
-    assert await refusing_rig.count("orders") == 1
+    assert await rig.count("orders") == 1
 
     async def synced() -> bool:
-        _, [found] = await refusing_rig.mirror.read(RESTAURANT, "order", [made.entity_id])
+        _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
         return found is not None and not found.pending and not found.failure
 
     await eventually(synced, what="the state `synced` in the mirror")
 
 
-async def reveal_and_kill(rig: Rig) -> list[Change]:
+async def reveal_and_kill(rig: Rig) -> Change:
     made = change(order(items=1, notes="forbidden"))
     await rig.mirror.apply([applied(made)])
     await rig.publish(made)
@@ -51,7 +65,7 @@ async def reveal_and_kill(rig: Rig) -> list[Change]:
         return found is not None and bool(found.failure)
 
     await eventually(failed, what="the failure in the mirror")
-    return [made]
+    return made
 
 
 async def test_replay_goes_only_through_its_lane_and_is_not_logged_twice(refusing_rig: Rig) -> None:
