@@ -15,10 +15,9 @@ from shared.entities.contract import Change, Head, Lane, Outline
 from shared.entities.entity import Entity, Hold, at_micros
 from shared.messaging.position import LogPosition
 from shared.mirror import keys
-from shared.mirror.claim_replies import Ask, Busy, Claimed, ClaimReply, Cold, HeadMoved, Restamp, Stale, StockShort
+from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Restamp, Stale, StockShort
 from shared.mirror.connection import MirrorConnection
 from shared.mirror.identity import MirrorIdentity, countable
-from shared.mirror.known_keys import KnownKeys
 from shared.mirror.stock_texts import hold_text, stock_text
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 
@@ -53,7 +52,6 @@ NOTHING_APPLIED = LogPosition(-1, 0)
 class Mirror:
     def __init__(self, url: str, *, timeout: float, stale_seconds: float) -> None:
         self._redis = MirrorConnection(url, timeout=timeout)
-        self.known_keys = KnownKeys(self._redis)
         self._stale_ms = int(stale_seconds * 1000)
 
     @property
@@ -83,15 +81,13 @@ class Mirror:
         *,
         lane: Lane | None = None,
         within: float | None = None,
-        ask: bool = False,
     ) -> ClaimReply:
         """Claims the next version of an entity for a change. Repeating the call with the same change is harmless.
 
         `base`: the head that the change was built on, or None for a new entity. `series`: the business day, if the
         change needs an order number. `stock`: the result of `claimed_stock_text`. `lane`: the lane in which the change
         will be recorded, by default that of its entity. `within`: the number of seconds after which the server must
-        refuse the claim; the reply is then Cold. `ask`: reply Ask if the mirror does not know all keys, because this
-        creation may be a repeat.
+        refuse the claim; the reply is then Cold.
         """
         latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
@@ -103,7 +99,6 @@ class Mirror:
                 keys.CLAIMS,
                 keys.WARM,
                 keys.number(restaurant, series or "-"),
-                keys.KEYS,
             ],
             [
                 change.id,
@@ -117,7 +112,6 @@ class Mirror:
                 stock,
                 "" if latest is None else latest,
                 (lane or entity.lane).value,
-                int(ask),
             ],
         )
         match reply[0]:
@@ -132,8 +126,6 @@ class Mirror:
                 return Claimed((reply[1] or b"").decode())
             case b"cold":
                 return Cold()
-            case b"ask":
-                return Ask()
             case b"busy":
                 return Busy()
             case b"stale":
