@@ -202,11 +202,6 @@ class RailMachine(RuleBasedStateMachine):
         self.world.run(self.world.server.jump_clock(hours))
         self.world.seen[f"clock jumps by {hours} h"] += 1
 
-    @precondition(lambda self: self.world.broker.stream)
-    @rule(lost=st.integers(1, 4))
-    def power_is_cut(self, lost: int) -> None:
-        self.world.cut_power(min(lost, len(self.world.broker.stream)))
-
     @precondition(lambda self: not self.world.warm)
     @rule(leave=st.sampled_from([False, False, True]))
     def mirror_becomes_warm(self, leave: bool) -> None:
@@ -310,6 +305,5 @@ def assert_reached(seen: Counter[str]) -> None:
     required |= {"commit: broker, visible", "commit: broker, not visible", "commit: journal, visible"}
     required |= {"commit: replayed", "commit: exists", "commit: ClaimLost", "commit: Unavailable"}
     required |= {"commit: OutcomeUnknown", "crash", "fork", "clock jumps by -2 h", "clock jumps by 2 h", "restored"}
-    required |= {"power cut", "broken position"}
     required |= {f"claim: {reply}" for reply in ("Claimed", "Cold", "Busy", "Stale", "HeadMoved")}
     assert not (missing := required - {name for name, count in seen.items() if count}), f"never happened: {missing}"

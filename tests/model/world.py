@@ -19,7 +19,6 @@ from shared.entities.entity import Entity
 from shared.errors import Unavailable
 from shared.mirror.claim_replies import Claimed, Stale
 from shared.mirror.identity import mirror_identity
-from shared.mirror.mirror import NOTHING_APPLIED
 from shared.rail.draft import Draft
 from shared.rail.head import Standing
 from shared.rail.idempotency import Creations
@@ -28,7 +27,7 @@ from shared.rail.outcomes import ClaimLost, Committed
 from shared.settings import Settings
 from tests.rigs import builders
 from tests.rigs.rail.broker import MemoryBroker
-from tests.rigs.rail.changes import State, changes_in
+from tests.rigs.rail.changes import State
 from tests.rigs.rail.clock import Clock
 from tests.rigs.rail.gate import Gate, Step
 from tests.rigs.rail.instance import RailRig
@@ -262,37 +261,24 @@ class World:
         self.warm = False
         self.shown.clear()
 
-    def cut_power(self, lost: int) -> None:
-        """The change log loses its last entries, and the mirror what was not on disk in time. The lanes keep all."""
-        self.seen["power cut"] += 1
-        del self.broker.stream[len(self.broker.stream) - lost :]
-        if self.snapshot is not None:
-            self.lose_mirror(self.snapshot)
-
     def take_snapshot(self) -> None:
         self.snapshot = self.run(self.server.copy())
         position = self.run(self.mirror.log_position())
         self.snapshot_offset = position.offset if position is not None else -1
 
     async def follow(self, count: int) -> None:
-        """Reads on from the mirror's position, as the mirror writer does; fills an empty mirror from PostgreSQL first.
-        Goes back if the log does not prove the position."""
+        """Reads on from the mirror's offset, as the mirror writer does; fills an empty mirror from PostgreSQL first."""
         at = await self.mirror.log_position() or await self.postgres.fill(self.mirror)
-        if at != NOTHING_APPLIED and not self.broker.proves(at):
-            self.seen["broken position"] += 1
-            assert await self.mirror.go_back(at, NOTHING_APPLIED)
-            at = NOTHING_APPLIED if self.warm else await self.postgres.fill(self.mirror)
-        await read_log(self._writer, self.broker.stream, at, count)
+        await read_log(self._writer, self.broker.log, at, count)
 
     async def stamp(self) -> None:
         """Reads the log to its end and makes the mirror warm."""
-        await self.follow(len(self.broker.stream))
+        await self.follow(len(self.broker.log))
         at = await self.mirror.log_position()
         assert at is not None
         await self.server.warm(at, mirror_identity(self.life, builders.CREATED_AT))
         self.warm = True
-        in_log = changes_in(*(entry.body for entry in self.broker.stream))
-        self.in_log_when_warm[self.life] = {change.id for change in in_log}
+        self.in_log_when_warm[self.life] = set(self.broker.recorded())
 
     async def mark_stale(self, nth: int) -> Stale | None:
         await self.server.age_claims()

@@ -36,10 +36,11 @@ def mirror_writer(
     )
 
 
-async def read_log(writer: MirrorWriter, log: Sequence[LogEntry], at: LogPosition, count: int) -> LogPosition:
+async def read_log(writer: MirrorWriter, log: Sequence[bytes], at: LogPosition, count: int) -> LogPosition:
     """The mirror writer reads up to `count` messages after `at`, which the mirror has reached. Returns its new
     position."""
-    for entry in log[at.offset + 1 :][:count]:
+    for offset, body in enumerate(log[at.offset + 1 :][:count], at.offset + 1):
+        entry = LogEntry(LogPosition(offset, checksum(body)), "critical", body)
         await writer.apply_entries([entry], at, entry.position)
         at = entry.position
     return at
