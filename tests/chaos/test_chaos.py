@@ -67,6 +67,7 @@ async def test_faults_at_random_times_lose_and_double_nothing(rig: ChaosRig) -> 
 @pytest.mark.slow  # it is a second run of the chaos load
 async def test_two_releases_side_by_side_lose_and_double_nothing(rig: ChaosRig) -> None:
     if rig.previous is None:
+        # A source archive and a shallow clone have no history, so the old release cannot run.
         pytest.skip("the history lacks the previous release")
     faults = [
         Fault(1.0, Kind.OLD_RELEASE, "second-orders", 14.0),

@@ -24,6 +24,7 @@ def previous_release(folder: Path) -> Path:
     try:
         return write_previous_release(folder)
     except NoHistory as error:
+        # A source archive and a shallow clone have no history. The reason names what to fetch.
         pytest.skip(str(error))
 
 

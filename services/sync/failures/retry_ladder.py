@@ -53,7 +53,7 @@ _LOGGED = (topology.ATTEMPT, REASON, ERROR, PLACE, LANE, FIRST_FAILED_AT, CHANGE
 _MAX_PUBLISHES_IN_FLIGHT = 256
 _MAX_BYTES_IN_FLIGHT = 4_000_000
 PUBLISH_TIMEOUT_SECONDS = 10.0
-"""The timeout of a publish to a retry queue or a dead-letter queue. It is long, because nobody waits for a reply, and
+"""The timeout of a publish to a retry queue or a dead-letter queue. It is long, because no request waits for it, and
 after a timeout everything in flight is sent again."""
 
 Headers = dict[str, int | str]

@@ -7,14 +7,14 @@ position in the same script, after everything before it was applied. If another 
 therefore goes on from the position of that one.
 
 It wakes when the PostgreSQL writer of this process has committed, or after a second. It does not wait for a transaction
-that stays open: what is visible beyond it is told at once, and only the position waits. After a minute that is an
-alarm, because the loop then reads much again when the mirror is replaced.
+that stays open: the loop sends what is visible beyond it at once, and only the position waits. After a minute it raises
+an alarm, because the loop then reads much again when the mirror is replaced.
 
 If the position is not in PostgreSQL any more (feed.py says when), PostgreSQL has lost commits that the mirror shows as
 synced. One pass over all documents then marks those as pending that PostgreSQL lacks, before the loop goes on.
 
-Failures come from `retries` and `dead_letters`, in the order of their transactions. All that are open are told again
-when the loop begins.
+Failures come from `retries` and `dead_letters`, in the order of their transactions. The loop sends all open failures
+again when it begins.
 
 A mirror that is being filled has no position yet: the loop waits for it. While a store is unavailable, the loop waits
 with jittered backoff. Several workers may run it at the same time. Shutdown: it may be stopped at any time.
@@ -58,11 +58,11 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 _INTERVAL_SECONDS = 1.0
-# Commits that follow one another within this time are told together. Almost all of them have been revealed by then.
+# The loop sends the commits of this time together. Requests have revealed almost all of them by then.
 _GATHER_SECONDS = 0.1
 _STALL_ALARM_SECONDS = 60.0
 _FAILURE_SECONDS = 60.0
-"""A failure of a change that the mirror does not have yet is told again for this long."""
+"""If the mirror does not have the change yet, the loop sends the failure again for this long."""
 _MAX_EARLY_FAILURES = 10_000
 
 
