@@ -253,8 +253,8 @@ class Settings(BaseSettings):
     )
     mirror_settle_seconds: PositiveFloat = COMMIT.setting(
         3.0,
-        "A mirror that lost its data stays cold at least this long: twice the publish timeout, so that changes in "
-        "flight have arrived.",
+        "A mirror that lost its data stays cold at least this long: a change that it had claimed is recorded or given "
+        "up by then (1 s until its publish, 2 s until the confirm).",
         unit="seconds",
     )
 

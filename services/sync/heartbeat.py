@@ -13,7 +13,7 @@ Shutdown: it may be stopped at any time, because nothing has to be finished.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from typing import Any
 from uuid import uuid4
@@ -43,6 +43,14 @@ HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane 
 
 _MIN_FRESH_SECONDS = 2.0
 _LANES_EMPTIED = "select min(sent_at) from last_heartbeats where lane = any($1) having count(*) = cardinality($1)"
+
+_STORED = "select id::text from heartbeats where id = any($1::uuid[])"
+
+
+async def stored_heartbeats(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Returns those of the heartbeats that PostgreSQL has committed, so that everything before them has left their
+    lanes."""
+    return {row["id"] for row in await connection.fetch(_STORED, list(ids))}
 
 
 async def lanes_emptied(connection: Connection) -> datetime | None:
@@ -239,7 +247,7 @@ class HeartbeatSender:
         looking = asyncio.create_task(self._read_postgres(), name="heartbeats-read")
         try:
             while True:
-                await asyncio.gather(*(self._send(lane) for lane in Lane))
+                await asyncio.gather(*(self.send_now(lane, str(uuid4())) for lane in Lane))
                 self.loop.turned()
                 await asyncio.sleep(self._interval)
                 # Read in a task of its own, because a frozen PostgreSQL must not stop the heartbeats.
@@ -259,11 +267,13 @@ class HeartbeatSender:
         except Exception as error:  # noqa: BLE001  (the next round reads again)
             log.debug("heartbeats_without_postgres", error=describe(error))
 
-    async def _send(self, lane: Lane) -> None:
-        heartbeat = Signal(id=str(uuid4()), type=HEARTBEAT, time=now(), lane=lane.value)
+    async def send_now(self, lane: Lane, id_: str) -> bool:
+        """Sends a heartbeat through a lane and the log. Returns whether the broker has confirmed it."""
+        heartbeat = Signal(id=id_, type=HEARTBEAT, time=now(), lane=lane.value)
         try:
             await self._publisher.publish(lane.value, encode_signal(heartbeat))
         except (NotSent, InDoubt) as error:
             log.debug("heartbeat_not_sent", lane=lane, error=str(error))
-            return
+            return False
         self._watch.sent(lane)
+        return True

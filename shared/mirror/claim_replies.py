@@ -1,10 +1,13 @@
 """The replies of the mirror to a claim; `ClaimReply` is one of them. `Stale` also answers `Mirror.mark`."""
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
 from msgspec import Struct
 
 from shared.entities.contract import Head, Lane
+from shared.entities.entity import at_micros
 
 
 class Claimed(Struct, frozen=True):
@@ -57,3 +60,30 @@ class StockShort(Struct, frozen=True):
 
 
 ClaimReply = Claimed | Cold | Ask | Busy | Stale | HeadMoved | Restamp | StockShort
+
+
+def claim_reply(reply: Sequence[Any]) -> ClaimReply:
+    """Decodes a reply of scripts/claim.lua."""
+    match reply[0]:
+        case b"late" | b"cold":
+            return Cold()
+        case b"short":
+            return StockShort(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
+        case b"restamp":
+            return Restamp({reply[i].decode(): at_micros(int(reply[i + 1])) for i in range(1, len(reply), 2)})
+        case b"claimed":
+            return Claimed((reply[1] or b"").decode())
+        case b"ask":
+            return Ask()
+        case b"busy":
+            return Busy()
+        case b"stale":
+            return stale(reply[1:])
+        case _:
+            return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
+
+
+def stale(reply: Sequence[bytes]) -> Stale:
+    """Decodes a stale claim as the scripts reply it."""
+    change, event, number, lane = reply
+    return Stale(change.decode(), event, number.decode(), Lane(lane.decode()))

@@ -14,6 +14,7 @@
     ticketrail:log                   hash   offset, crc: the position up to which the mirror writer has applied the log;
                                             broken: the largest offset from which the position has moved back
     ticketrail:feed                  hash   position, xid: how far the feed loop has read the feed (postgres/feed.py)
+    ticketrail:keys                  text   identity of the mirror; set while it knows the keyed orders of 30 days
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
     ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids
@@ -22,12 +23,13 @@
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
-LAYOUT_VERSION = 5
+LAYOUT_VERSION = 6
 """Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"
 LOG = "ticketrail:log"
 FEED = "ticketrail:feed"
+KEYS = "ticketrail:keys"
 CLAIMS = "ticketrail:claims"
 CONFLICTS = "ticketrail:conflicts"
 RESTAURANTS = "ticketrail:restaurants"

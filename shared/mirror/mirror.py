@@ -12,12 +12,13 @@ from typing import Any
 from msgspec import Struct
 
 from shared.entities.contract import Change, Head, Lane, Outline
-from shared.entities.entity import Entity, Hold, at_micros
+from shared.entities.entity import Entity, Hold
 from shared.messaging.position import LogPosition
 from shared.mirror import keys
-from shared.mirror.claim_replies import Busy, Claimed, ClaimReply, Cold, HeadMoved, Restamp, Stale, StockShort
+from shared.mirror.claim_replies import ClaimReply, Stale, claim_reply, stale
 from shared.mirror.connection import MirrorConnection
 from shared.mirror.identity import MirrorIdentity, countable
+from shared.mirror.known_keys import KnownKeys
 from shared.mirror.stock_texts import hold_text, stock_text
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 
@@ -52,6 +53,7 @@ NOTHING_APPLIED = LogPosition(-1, 0)
 class Mirror:
     def __init__(self, url: str, *, timeout: float, stale_seconds: float) -> None:
         self._redis = MirrorConnection(url, timeout=timeout)
+        self.known_keys = KnownKeys(self._redis)
         self._stale_ms = int(stale_seconds * 1000)
 
     @property
@@ -81,13 +83,15 @@ class Mirror:
         *,
         lane: Lane | None = None,
         within: float | None = None,
+        ask: bool = False,
     ) -> ClaimReply:
         """Claims the next version of an entity for a change. Repeating the call with the same change is harmless.
 
         `base`: the head that the change was built on, or None for a new entity. `series`: the business day, if the
         change needs an order number. `stock`: the result of `claimed_stock_text`. `lane`: the lane in which the change
         will be recorded, by default that of its entity. `within`: the number of seconds after which the server must
-        refuse the claim; the reply is then Cold.
+        refuse the claim; the reply is then Cold. `ask`: reply Ask if the mirror does not know all keys, because this
+        creation may be a repeat.
         """
         latest = None if within is None else self._redis.server_ms(within)
         restaurant, name, id_ = change.restaurantid, entity.name, change.entity_id
@@ -99,6 +103,7 @@ class Mirror:
                 keys.CLAIMS,
                 keys.WARM,
                 keys.number(restaurant, series or "-"),
+                keys.KEYS,
             ],
             [
                 change.id,
@@ -112,26 +117,12 @@ class Mirror:
                 stock,
                 "" if latest is None else latest,
                 (lane or entity.lane).value,
+                int(ask),
             ],
         )
-        match reply[0]:
-            case b"late":
-                self._redis.reconnect()  # the server answers, so it is not frozen: its clock has jumped
-                return Cold()
-            case b"short":
-                return StockShort(tuple((reply[i].decode(), int(reply[i + 1])) for i in range(1, len(reply), 2)))
-            case b"restamp":
-                return Restamp({reply[i].decode(): at_micros(int(reply[i + 1])) for i in range(1, len(reply), 2)})
-            case b"claimed":
-                return Claimed((reply[1] or b"").decode())
-            case b"cold":
-                return Cold()
-            case b"busy":
-                return Busy()
-            case b"stale":
-                return _stale(reply[1:])
-            case _:
-                return HeadMoved(Head(int(reply[1]), reply[2].decode()), reply[3])
+        if reply[0] == b"late":
+            self._redis.reconnect()  # the server answers, so it is not frozen: its clock has jumped
+        return claim_reply(reply)
 
     async def take_back(self, change: Change) -> bool:
         """Removes the claim of a change that was never sent. Returns True if the claim is gone, so that the change will
@@ -158,7 +149,7 @@ class Mirror:
             [keys.doc(restaurant, entity, id_), keys.claim(restaurant, entity, id_), keys.CLAIMS, keys.WARM],
             [member, self._stale_ms],
         )
-        return _stale(reply) if reply else None
+        return stale(reply) if reply else None
 
     # -- states ------------------------------------------------------------------------------------------------
 
@@ -432,8 +423,3 @@ class Mirror:
     async def clock_skew_seconds(self) -> float:
         """Returns the number of seconds by which the server's clock is ahead of this host's."""
         return await self._redis.clock_skew_seconds()
-
-
-def _stale(reply: Sequence[bytes]) -> Stale:
-    change, event, number, lane = reply
-    return Stale(change.decode(), event, number.decode(), Lane(lane.decode()))

@@ -5,7 +5,7 @@ Only the sync worker writes states (services/sync/writer/upsert.py). A connectio
 of its transaction.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -105,7 +105,9 @@ async def list_states(connection: Connection, entity: Entity, restaurant: str) -
     return [_stored(row) for row in rows]
 
 
-async def live_window(connection: Connection, entity: Entity, since: datetime) -> AsyncIterator[list[StoredState]]:
+async def live_window(
+    connection: Connection, entity: Entity, since: datetime
+) -> AsyncGenerator[list[StoredState], None]:
     """Yields the live window of an entity over all tenants, in blocks of up to 500 states.
 
     For orders, the window has the open ones and those that changed after `since`. For most other entities it has all
@@ -130,6 +132,22 @@ async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Se
         list(ids),
     )
     return {row["id"]: Head(row["version"], row["change_id"]) for row in rows}
+
+
+async def keyed_orders(
+    connection: Connection, restaurant: str, since: datetime
+) -> AsyncGenerator[list[tuple[str, str, Head]], None]:
+    """Yields (restaurant, id, head) of the orders of one restaurant that were created with an Idempotency-Key after
+    `since`, in blocks of up to 500."""
+    async with connection.transaction(readonly=True):
+        cursor = await connection.cursor(
+            "select id::text, version, change_id::text from orders"
+            " where restaurant_id = $1 and created_at >= $2 and request_hash is not null",
+            restaurant,
+            since,
+        )
+        while rows := await cursor.fetch(500):
+            yield [(restaurant, row[0], Head(row[1], row[2])) for row in rows]
 
 
 async def list_conflicts(connection: Connection) -> list[tuple[str, str, str]]:
@@ -198,7 +216,7 @@ group by i.restaurant_id, h.order_id
 """
 
 
-async def holds(connection: Connection) -> AsyncIterator[list[tuple[str, str, list[Hold]]]]:
+async def holds(connection: Connection) -> AsyncGenerator[list[tuple[str, str, list[Hold]]], None]:
     """Yields (restaurant, order, holds) of every order with holds since the last count, over all tenants, in blocks of
     500."""
     async with connection.transaction(readonly=True):

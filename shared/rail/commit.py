@@ -140,6 +140,8 @@ class Rail:
     async def _claim(self, draft: Draft, change: Change, after: NoClaim | None) -> _Held | NoClaim:
         """Claims the next version for the change, for at most `claim_timeout_seconds`."""
         entity, series = draft.entity, series_of(draft.entity, draft.state)
+        # After the first attempt, the caller has looked.
+        ask = draft.keyed and draft.base is None and after is None
         sent, deadline = after is not None and after.sent, self._clock() + self._claim_seconds
         while True:
             try:
@@ -147,7 +149,7 @@ class Rail:
                 # The mirror must not execute a claim after this commit has gone on without it.
                 within, lane = max(0.0, deadline - self._clock()), draft.record_lane
                 reply = await self._mirror.claim(
-                    entity, change, encode(change), draft.base_head, series, stock, lane=lane, within=within
+                    entity, change, encode(change), draft.base_head, series, stock, lane=lane, within=within, ask=ask
                 )
             except MirrorInDoubt:
                 sent = True

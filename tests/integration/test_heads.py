@@ -9,9 +9,12 @@ from msgspec import structs
 from shared.entities.contract import encode, now
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import Unavailable
+from shared.mirror import keys
 from shared.mirror.stored_heads import StoredHead
 from shared.postgres.pool import Postgres
 from shared.rail.head import Heads, Standing
+from shared.rail.idempotency import Creations
+from shared.rail.outcomes import Committed
 from tests.rigs import builders
 from tests.rigs.postgres_writer import MakeRig
 from tests.rigs.rail.changes import State, draft
@@ -124,3 +127,28 @@ async def test_change_on_a_head_from_postgres_is_committed(rig: StockRig, tables
     assert found is not None
     done = await rig.rail.commit(draft(ORDER, structs.replace(found.state, notes="late"), (found.head, found.state)))
     assert (done.head.version, done.state.notes) == (2, "late")
+
+
+async def test_repeat_of_an_order_that_a_wiped_mirror_does_not_know_yet_is_replayed(
+    rig: StockRig, tables: Postgres
+) -> None:
+    made = await order(rig)
+    await PostgresTables(tables, rig.mirror).take(rig.broker.recorded().values())
+    await rig.server.wipe()
+    await rig.server.warm()
+    await rig.server.call("DEL", keys.KEYS)
+    creations = Creations(rig.rail, Heads(rig.mirror, tables.tenant))
+    repeated = structs.replace(draft(ORDER, structs.replace(rig.order(), id=made[1].id)), keyed=True)
+    found = await creations.create(repeated)
+    assert isinstance(found, Standing) and found.head == made[0]
+    new = await creations.create(structs.replace(draft(ORDER, rig.order()), keyed=True))
+    assert isinstance(new, Committed) and new.visible
+
+
+async def test_creation_with_a_key_goes_on_while_neither_the_mirror_nor_postgres_can_say_whether_it_is_a_repeat(
+    rig: StockRig,
+) -> None:
+    await rig.server.call("DEL", keys.KEYS)
+    creations = Creations(rig.rail, Heads(rig.mirror, no_postgres))
+    new = await creations.create(structs.replace(draft(ORDER, rig.order()), keyed=True))
+    assert isinstance(new, Committed) and new.state.order_number == "0001", "the order was created without a claim"

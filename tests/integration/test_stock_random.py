@@ -49,7 +49,7 @@ class RandomStock(StockRig):
         self.seen: Counter[str] = Counter()
         settings, self.pool = postgres_rig.settings, postgres_rig.postgres
         self.tables = PostgresTables(self.pool, self.mirror)
-        self.writer = mirror_writer(settings, self.mirror, postgres=self.pool, clock=self.clock.now)
+        self.writer = mirror_writer(settings, self.mirror, postgres=self.pool)
         self.reconciler = Reconciler(settings, self.pool, self.mirror, self.rail)
         self.state = NOTHING_APPLIED
 

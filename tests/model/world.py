@@ -112,7 +112,7 @@ class World:
         self.server = MirrorServer(url)
         self.mirror = self.server.mirror
         self._settings = Settings(_env_file=None)
-        self._writer = mirror_writer(self._settings, self.mirror, clock=lambda: builders.CREATED_AT)
+        self._writer = mirror_writer(self._settings, self.mirror)
 
     def start_over(self) -> None:
         self.clock = Clock(builders.CREATED_AT)

@@ -4,7 +4,7 @@ Guarantee: `keep` stores all dead letters of a call or none, and storing a dead 
 `dead_letters/store.py` reads them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -85,6 +85,22 @@ set attempts = $2::json, deaths = deaths + 1, revision = revision + 1, last_fail
     place = $6, fingerprint = $7, headers = $8::json, status = $9, closed_at = null
 where id = $1
 """
+# A dead letter of the mirror writer has no lane.
+_OPEN = """
+select change_id::text, body from dead_letters
+where status in ('open', 'replaying') and lane is not null and not mixed and change_id is not null
+order by version
+"""
+_BODIES_PER_BLOCK = 50
+
+
+async def open_bodies(connection: Connection) -> AsyncGenerator[list[tuple[str, bytes]], None]:
+    """Yields (change id, body) of the open dead letters that PostgreSQL has refused, in blocks. The body may have other
+    changes too, and the change in it may be unreadable."""
+    async with connection.transaction(readonly=True):
+        cursor = await connection.cursor(_OPEN)
+        while rows := await cursor.fetch(_BODIES_PER_BLOCK):
+            yield [(row["change_id"], row["body"]) for row in rows]
 
 
 async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) -> list[NewDeadLetter]:

@@ -34,7 +34,7 @@ from msgspec import Struct
 
 from services.sync.failures.classification import describe
 from services.sync.failures.last_failures import new_failures
-from services.sync.mirror.warm_up import STATES_PER_SCRIPT, stored_state
+from services.sync.mirror.stored_states import STATES_PER_SCRIPT, Rewind, readable_states
 from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import Head, encode, now
@@ -64,10 +64,6 @@ _STALL_ALARM_SECONDS = 60.0
 _FAILURE_SECONDS = 60.0
 """If the mirror does not have the change yet, the loop sends the failure again for this long."""
 _MAX_EARLY_FAILURES = 10_000
-
-
-class _Replaced(Exception):
-    """Another mirror, which has not read the feed as far, has replaced the one that the loop used."""
 
 
 class _EarlyFailure(Struct, frozen=True):
@@ -112,9 +108,9 @@ class FeedLoop:
             try:
                 await self.turn()
                 attempt = 0
-            except _Replaced:
+            except Rewind as rewind:
                 self._feed = None
-                log.warning("feed_rewind", reason="another mirror has replaced the one that was in use")
+                log.warning("feed_rewind", reason=str(rewind))
             except (MirrorUnavailable, MirrorInDoubt, ForeignDatabase, asyncpg.PostgresError, *UNAVAILABLE) as error:
                 attempt += 1
                 self._feed = None
@@ -128,13 +124,14 @@ class FeedLoop:
                 await asyncio.sleep(_GATHER_SECONDS)
             self._woken.clear()
 
-    async def turn(self) -> None:
-        """Tells the mirror everything that is visible in PostgreSQL now. Raises MirrorUnavailable, MirrorInDoubt,
+    async def turn(self) -> bool:
+        """Tells the mirror everything that is visible in PostgreSQL now. Returns False if the next turn has to do it:
+        the mirror is being filled, or its position is lost. Raises Rewind, MirrorUnavailable, MirrorInDoubt,
         ForeignDatabase or an error of PostgreSQL."""
         position = await self._mirror.feed_position()
         if position is None:  # the mirror is being filled
             self._feed = None
-            return
+            return False
         known = FeedPosition.decode(position)
         if self._feed is None or known.xid < self._noted.xid:
             self._feed, self._noted, self._failures_seen = VisibleFeed(known), known, None
@@ -149,9 +146,10 @@ class FeedLoop:
             except PositionLost as lost:
                 log.warning("feed_reloads", position=str(lost))
                 await self._reload(connection)
-                return
+                return False
             await self._tell_failures(connection)
             self._failures_seen = self._feed.seen
+        return True
 
     # -- commits -----------------------------------------------------------------------------------------------
 
@@ -189,7 +187,7 @@ class FeedLoop:
         while True:
             behind = await self._mirror.settle(entities, at=at, note=note, mark=mark)
             if behind is None:
-                raise _Replaced
+                raise Rewind("another mirror, which has not read the feed as far, has replaced the one that was in use")
             if not behind:
                 return
             # A request may reveal the same state meanwhile, which makes it pending, so settle these again.
@@ -201,12 +199,7 @@ class FeedLoop:
         for name, entity in registry.ENTITIES.items():
             ids = [(one.restaurant_id, one.id) for one in entities if one.entity == name]
             found = await states.find_states(connection, entity, ids) if ids else []
-            applied = []
-            for stored in found:
-                try:
-                    applied.append(stored_state(entity, stored))
-                except Exception as error:  # noqa: BLE001  (a newer release may have written it)
-                    log.error("state_not_loaded", entity=name, change_id=stored.head.change_id, error=describe(error))
+            applied = readable_states(entity, found)
             if applied:
                 await self._mirror.apply(applied)
                 written += [StoredHead(one.state.restaurant_id, name, one.state.id, one.head) for one in applied]

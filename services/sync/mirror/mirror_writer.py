@@ -3,8 +3,8 @@
 Guarantee: every change is applied at least once, under the guard. The mirror stores the position of the writer, and the
 same script updates the position and the data. If the mirror was wiped or replaced by an older copy, the writer
 therefore notices it and rewinds; the check each second finds that without traffic too. If the mirror still has a
-position, the writer continues there. Otherwise it loads the live window from PostgreSQL, and then reads the log from
-ten minutes before PostgreSQL's last heartbeat.
+position, the writer continues there. Otherwise it loads the live window from one snapshot of PostgreSQL, and then reads
+the log from the newest checkpoint that the log proves: PostgreSQL has everything before it.
 
 A position that the log does not prove: the log has lost entries that the mirror has, and has new ones in their place. A
 warm mirror stays warm, and the writer reads the log again from an older place. A cold mirror is filled again, because
@@ -12,14 +12,15 @@ it may have lost changes together with the log.
 
 Order: changes are applied in the order of the log.
 
-Warm: a mirror takes claims when the log has been read to its end and `mirror_settle_seconds` have passed since the
-mirror was found cold. By then, changes that were claimed on a lost mirror are recorded and read. A new system does not
-wait, because nothing can be in flight there. PostgreSQL gives the mirror a new identity, so a lost mirror stays cold
-while PostgreSQL is unavailable.
+Warm: warm_up.py says when a mirror becomes warm, so that it takes claims. PostgreSQL gives it a new identity then.
 
 The requests have revealed most changes already. Therefore the writer first asks a warm mirror which changes it lacks. A
 change that the mirror has in the same version or a later one is neither decoded nor sent. The answer is valid only for
 this mirror: if another mirror has replaced it, the writer rewinds.
+
+A change whose document the mirror lacks may be an old one that is read again, and the document may have left the live
+window. The writer compares it with PostgreSQL, one query for each batch and kind. While PostgreSQL is unavailable, the
+change is written as pending.
 
 A change that cannot be applied goes to `sync.mirror.dead.v1`; the writer continues after the confirm. While Redis or
 RabbitMQ is unavailable, or PostgreSQL during a rebuild, the writer waits with jittered backoff.
@@ -30,26 +31,20 @@ Shutdown: it may be stopped at any time.
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from datetime import datetime
 
+import asyncpg
 import msgspec
 import structlog
 from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
-from services.sync.failures.classification import classify
+from services.sync.failures.classification import classify, describe
 from services.sync.failures.retry_ladder import PUBLISH_TIMEOUT_SECONDS, FailedChange, headers_for
-from services.sync.heartbeat import HeartbeatMonitor
-from services.sync.mirror.warm_up import (
-    OVERLAP,
-    STATES_PER_SCRIPT,
-    Rewind,
-    StartPoint,
-    WarmUp,
-    stored_state,
-)
+from services.sync.heartbeat import HeartbeatMonitor, HeartbeatSender
+from services.sync.mirror.stored_states import STATES_PER_SCRIPT, Rewind, compared_with_postgres
+from services.sync.mirror.warm_up import StartPoint, WarmUp
 from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import (
@@ -73,6 +68,7 @@ from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
+from shared.postgres.feed import ForeignDatabase
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.settings import Settings
 
@@ -89,6 +85,8 @@ _ON_MIRROR = {
 _GATHER_SECONDS = 0.02
 _SMALL_BATCH_MESSAGES = 50
 _POSITION_CHECK_SECONDS = 1.0
+_WAITS = (MirrorUnavailable, MirrorInDoubt, ForeignDatabase, asyncpg.PostgresError, *UNAVAILABLE, *BROKEN_LINK)
+"""After these errors the writer begins again."""
 
 
 class _Logged(Struct):
@@ -111,10 +109,9 @@ class MirrorWriter:
         tracer: Tracer,
         metrics: WriterMetrics,
         *,
-        clock: Callable[[], datetime] = now,
+        heartbeats_again_seconds: float = 10.0,
     ) -> None:
-        """`clock`: returns the present time, from which the age of a change counts."""
-        self._clock = clock
+        """`heartbeats_again_seconds`: see `send_again_seconds` of `WarmUp`."""
         self._tracer = tracer
         self._metrics = metrics
         self._settings = settings
@@ -122,13 +119,16 @@ class MirrorWriter:
         self._mirror = mirror
         self._publisher = publisher
         self._watch = watch
-        self.warm_up = WarmUp(settings, postgres, mirror)
+        heartbeats = HeartbeatSender(settings, postgres, publisher, watch)
+        self.warm_up = WarmUp(settings, postgres, mirror, heartbeats, send_again_seconds=heartbeats_again_seconds)
         self.loop = BackgroundLoop("mirror-writer", self._run)
         self._attempt = 0
         self._server = ""
         self._applied: LogPosition | None = None
         """The position that this writer has applied to the mirror of `_server`."""
         self.warm = False
+        self._at_end = False
+        """True after the log was read to its end, so that further changes are new."""
 
     def start(self) -> None:
         self.loop.start()
@@ -142,24 +142,33 @@ class MirrorWriter:
                 await self._follow_and_check(await self.warm_up.begin())
             except Rewind as rewind:
                 log.warning("mirror_rewind", reason=str(rewind))
-            except (MirrorUnavailable, MirrorInDoubt, *UNAVAILABLE, *BROKEN_LINK) as error:
-                log.warning("mirror_writer_waits", error=str(error) or type(error).__name__, attempt=self._attempt)
+            except _WAITS as error:
+                log.warning("mirror_writer_waits", error=describe(error), attempt=self._attempt)
             self.warm, self._applied = False, None
             self._attempt += 1
             await asyncio.sleep(backoff(self._attempt))
 
     async def _follow_and_check(self, begun: StartPoint) -> None:
+        self._applied, self._server, self.warm = begun.position, begun.server, begun.warm
         tasks = {
             asyncio.create_task(self._follow(begun), name="mirror-follow"),
             asyncio.create_task(self._check_position(), name="mirror-position"),
+            asyncio.create_task(self._become_warm(begun), name="mirror-warm-up"),
         }
         try:
-            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for error in [task.exception() for task in ended]:
                 if error is not None:
                     raise error
         finally:
             await end_tasks(*tasks)
+
+    async def _become_warm(self, begun: StartPoint) -> None:
+        if not begun.warm:
+            await self.warm_up.prove(begun)
+            await self.warm_up.stamp(self._applied or begun.position, begun.server)
+            self.warm = True
+        await self.warm_up.load_keys()
 
     async def _check_position(self) -> None:
         """Finds a mirror that has lost what this writer applied, also if no message arrives. Such a mirror is cold from
@@ -179,16 +188,14 @@ class MirrorWriter:
     # -- following the log -------------------------------------------------------------------------------------
 
     async def _follow(self, begun: StartPoint) -> None:
-        position = self._applied = begun.position
-        self._server, self.warm = begun.server, begun.warm
-        if not self.warm:
-            # Start to read after the settle period, so that the mark at the end of the log comes after every change
-            # that was in flight.
-            await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
+        position = begun.position
         self._watch.note_log_start()
+        self._at_end = False
         async with aclosing(self._reader().read(begun.start, fallbacks=self.warm_up.fallbacks)) as batches:
             async for batch in batches:
-                if batch.broken is not None:
+                # A mirror that has applied nothing has no position to lose: the reader found that the log has lost the
+                # place of a checkpoint, and has begun at an older one.
+                if batch.broken is not None and position != NOTHING_APPLIED:
                     position = await self._go_back(batch.broken)
                 for heartbeat in batch.heartbeats:
                     if heartbeat.lane in set(Lane):
@@ -196,7 +203,7 @@ class MirrorWriter:
                 began = time.time_ns()
                 self._trace(await self.apply_entries(batch.entries, position, batch.last), began)
                 position = self._applied = batch.last
-                await self._handle_signals(batch, position)
+                await self._handle_signals(batch)
                 self.loop.turned()
                 if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
                     await asyncio.sleep(_GATHER_SECONDS)
@@ -211,6 +218,7 @@ class MirrorWriter:
         if not self.warm:
             raise Rewind(f"the position of a cold mirror is {broken.reason}")
         self._watch.note_log_start()
+        self._at_end = False
         self._applied = to
         return to
 
@@ -225,11 +233,9 @@ class MirrorWriter:
 
     def _trace(self, outlines: list[Outline], began: int) -> None:
         ended = time.time_ns()
-        oldest = ended / 1e9 - OVERLAP.total_seconds()
         for change in outlines:
-            accepted = change.time.timestamp()
-            if accepted > oldest:  # an old change was read again after a rewind, so it does not show the lag
-                self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - accepted))
+            if self._at_end:  # a change that is read again does not show the lag
+                self._metrics.mirror_lag.observe(max(0.0, ended / 1e9 - change.time.timestamp()))
             if self._tracer.will_export(change.traceparent):
                 self._tracer.add(
                     change.traceparent,
@@ -240,15 +246,13 @@ class MirrorWriter:
                     attributes={**_ON_MIRROR, "ticketrail.change_id": change.id},
                 )
 
-    async def _handle_signals(self, batch: LogBatch, position: LogPosition) -> None:
+    async def _handle_signals(self, batch: LogBatch) -> None:
         """Handles the signals of an applied batch: the end of the log, and heartbeats."""
         if batch.caught_up:
             self._watch.note_log_end()
-            self._attempt = 0
-            if not self.warm:
-                await self.warm_up.stamp(position, self._server)
-                self.warm = True
+            self._at_end, self._attempt = True, 0
         if batch.heartbeats:
+            self.warm_up.read_from_log(batch.heartbeats)
             if self.warm and not await self._mirror.is_warm():
                 raise Rewind("the mirror has lost its stamp")
             for heartbeat in batch.heartbeats:
@@ -257,24 +261,21 @@ class MirrorWriter:
 
     async def _apply(self, states_to_apply: list[Apply], at: LogPosition, note: LogPosition | None) -> None:
         """Applies states in chunks, because Redis runs no other command while a script runs. The last script also moves
-        the position to `note`, after the repair of late changes, so that after an interruption the writer repeats from
-        the previous position."""
-        chunks = [
-            states_to_apply[start : start + STATES_PER_SCRIPT]
-            for start in range(0, len(states_to_apply), STATES_PER_SCRIPT)
-        ] or [[]]
-        repairs = any(apply.how == "late" for apply in states_to_apply)
-        for place, chunk in enumerate(chunks, start=1):
-            last = place == len(chunks) and not repairs
-            late = self._check_mirror(
-                await self._mirror.apply(
-                    chunk, at=at, note=note if last else None, server=self._server, only_warm=self.warm
-                )
-            )
-            if late:
-                await self._mirror.apply(await self._from_postgres([chunk[place] for place in late]))
-        if repairs and note is not None:
-            self._check_mirror(await self._mirror.apply([], at=at, note=note, server=self._server, only_warm=self.warm))
+        the position to `note`, after the states without a document, so that after an interruption the writer repeats
+        from the previous position."""
+        absent: list[Apply] = []
+        for start in range(0, len(states_to_apply), STATES_PER_SCRIPT):
+            chunk = states_to_apply[start : start + STATES_PER_SCRIPT]
+            absent += [chunk[place] for place in await self._apply_chunk(chunk, at, None)]
+        compared = await self._from_postgres(absent) if absent else []
+        for start in range(0, max(1, len(compared)), STATES_PER_SCRIPT):
+            last = start + STATES_PER_SCRIPT >= len(compared)
+            await self._apply_chunk(compared[start : start + STATES_PER_SCRIPT], at, note if last else None)
+
+    async def _apply_chunk(self, chunk: list[Apply], at: LogPosition, note: LogPosition | None) -> list[int]:
+        return self._check_mirror(
+            await self._mirror.apply(chunk, at=at, note=note, server=self._server, only_warm=self.warm)
+        )
 
     def _check_mirror(self, late: list[int] | None) -> list[int]:
         if late is None:
@@ -282,19 +283,14 @@ class MirrorWriter:
         return late
 
     async def _from_postgres(self, late: list[Apply]) -> list[Apply]:
-        """Replaces the states of old events by the states in PostgreSQL: if the mirror lacks a document, an old event
-        must not restore an old state. Keeps the state of the event if PostgreSQL is behind it."""
-        found = []
-        async with self._postgres.connection() as connection:
-            for late_apply in late:
-                stored = await states.find_state(
-                    connection, late_apply.entity, late_apply.state.restaurant_id, late_apply.state.id
-                )
-                if stored is None or stored.head < late_apply.head:
-                    found.append(msgspec.structs.replace(late_apply, how="reveal"))
-                elif late_apply.entity.live(late_apply.entity.decode_state(stored.state)):
-                    found.append(stored_state(late_apply.entity, stored))
-        return found
+        """Compares states whose document the mirror lacks with PostgreSQL: an event that is read again must not restore
+        an old state. If PostgreSQL does not answer, the states are pending, until the reconciler looks at them."""
+        try:
+            async with self._postgres.connection() as connection:
+                return await compared_with_postgres(connection, late)
+        except (asyncpg.PostgresError, *UNAVAILABLE) as error:
+            log.warning("mirror_without_postgres", states=len(late), error=describe(error))
+            return [msgspec.structs.replace(one, how="reveal") for one in late]
 
     async def would_apply(self, event: bytes) -> bool:
         """Returns False if the mirror has this change or a later one. Raises MirrorUnavailable, MirrorInDoubt."""
@@ -339,7 +335,6 @@ class MirrorWriter:
 
     async def _decode(self, found: list[_Logged]) -> list[Apply]:
         """Decodes the changes. Dead-letters those that cannot be read."""
-        late_before = self._clock() - OVERLAP
         readable = []
         for logged in found:
             try:
@@ -349,8 +344,7 @@ class MirrorWriter:
                 await self._dead(logged.entry, encode_batch([logged.event]), error)
                 logged.outline = None
                 continue
-            how = "late" if change.time < late_before else "reveal"
-            readable.append(Apply(entity, state, change.head, bytes(change.data.after), change.time, how))
+            readable.append(Apply(entity, state, change.head, bytes(change.data.after), change.time, "late"))
         return readable
 
     async def _dead(self, entry: LogEntry, body: bytes, error: BrokenContract) -> None:

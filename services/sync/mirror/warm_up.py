@@ -1,42 +1,67 @@
 """Fills a cold mirror from PostgreSQL, finds where the mirror writer begins to read the log, and makes the mirror warm.
 
-The module mirror_writer.py says when a mirror is warm, and what happens when another mirror replaces it.
+A mirror becomes warm when the following has happened, in this order, after it was found cold:
+
+    settle period  `mirror_settle_seconds` have passed, so that claims of the lost mirror are recorded or taken back.
+                   A new system does not wait, because nothing can be in flight there
+    heartbeats     two heartbeats that were sent then have come through the log and through each lane that takes changes
+                   of requests, into PostgreSQL. Whatever was recorded before them has been applied from the log, and is
+                   in PostgreSQL, on the retry ladder or dead. Two, because a second consumer of a lane may still hold
+                   older messages
+    dead letters   the states of open dead letters are loaded, because PostgreSQL lacks them, and perhaps the log
+    feed           one whole turn of the feed loop, so that the mirror has what PostgreSQL has; the same turn tells all
+                   failures
+
+Whoever changes an entity then builds on its newest change, so that no version is given twice. Without PostgreSQL, the
+mirror stays cold. The module mirror_writer.py says what happens when another mirror replaces this one.
 """
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import aclosing
 from datetime import datetime, timedelta
+from typing import TypeVar
 from uuid import uuid4
 
+import asyncpg
 import structlog
 from msgspec import Struct
 
+from services.sync.failures.classification import describe
+from services.sync.failures.dead_letter_store import open_bodies
+from services.sync.heartbeat import HeartbeatSender, stored_heartbeats
+from services.sync.mirror.feed_loop import FeedLoop
+from services.sync.mirror.stored_states import STATES_PER_SCRIPT, Rewind, compared_with_postgres, readable_states
+from shared.backoff import backoff
 from shared.entities import registry
-from shared.entities.contract import encode, now
-from shared.entities.entity import Entity
-from shared.messaging.log import Start
+from shared.entities.contract import BrokenContract, Lane, decode_change, encode, now, outline, split_batch
+from shared.messaging.log import LogHeartbeat, Start
 from shared.messaging.position import LogPosition
 from shared.mirror.identity import mirror_identity
+from shared.mirror.known_keys import KeyedOrder
 from shared.mirror.mirror import NOTHING_APPLIED, Apply, Mirror
 from shared.mirror.stored_heads import FeedNote
 from shared.postgres import states
-from shared.postgres.feed import find_end
-from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.postgres.checkpoints import list_checkpoints, positions
+from shared.postgres.feed import ForeignDatabase, find_end
+from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.restaurants import list_restaurants
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-OVERLAP = timedelta(minutes=10)
-"""The mirror writer begins this long before PostgreSQL's last heartbeat in the log. Older changes are late."""
-STATES_PER_SCRIPT = 250
-"""The maximum number of states in one script: Redis runs no other command while a script runs."""
-_LAST_HEARTBEAT = "select min(sent_at) from last_heartbeats where lane <> ''"
+T = TypeVar("T")
+
+_LANES = (Lane.CRITICAL, Lane.NORMAL)
+"""The lanes that must have delivered what was recorded. The background lane has imports, which may wait for long."""
+_HEARTBEATS_PER_LANE = 2
+_UNCONFIRMED_PAUSE_SECONDS = 1.0
+_LOOK_INTERVAL_SECONDS = 0.05
+_KEY_DAYS = 30
+"""A repeat of a creation is recognised for this long (scripts/trim.lua keeps keys as long)."""
+_FIRST_MIRROR = "select not exists(select from mirror_identities)"
 _REGISTER = "insert into mirror_identities (identity) values ($1) returning id, at"
-
-
-class Rewind(Exception):
-    """Another mirror has replaced the one that the mirror writer used, or the log does not prove its position."""
 
 
 class StartPoint(Struct):
@@ -51,11 +76,35 @@ class StartPoint(Struct):
     """The earliest moment at which the mirror may become warm, on the monotonic clock."""
 
 
+class _Heartbeats(Struct):
+    """Heartbeats that were sent at one time. All of them must come."""
+
+    not_in_log: set[str]
+    not_in_postgres: set[str]
+
+    @property
+    def came(self) -> bool:
+        return not self.not_in_log and not self.not_in_postgres
+
+
 class WarmUp:
-    def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        mirror: Mirror,
+        heartbeats: HeartbeatSender,
+        *,
+        send_again_seconds: float = 10.0,
+    ) -> None:
+        """`postgres`: a pool of the writer role. `heartbeats`: need not run. `send_again_seconds`: heartbeats that have
+        not come after this time may be lost, or wait behind a backlog, so others are sent too."""
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
+        self._heartbeats = heartbeats
+        self._send_again_seconds = send_again_seconds
+        self._sent: list[_Heartbeats] = []
         self._registered: tuple[int, datetime] | None = None
         """An identity that no mirror has yet, because the last attempt to make one warm did not end."""
 
@@ -77,50 +126,125 @@ class WarmUp:
         earlier place costs only time, because applying a change is idempotent."""
         try:
             async with self._postgres.connection() as connection:
-                heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
+                return await _log_lows(connection)
         except UNAVAILABLE as error:
             log.warning("mirror_reads_the_whole_log", error=str(error) or type(error).__name__)
-            heartbeat_at = None
-        return [heartbeat_at - OVERLAP if heartbeat_at else "first"]
+            return ["first"]
 
     async def fill(self, server: str, found_at: float) -> StartPoint:
-        """Fills the empty mirror of a server from PostgreSQL. `found_at`: when it was found cold, on the monotonic
-        clock. Raises Rewind, MirrorUnavailable, MirrorInDoubt or one of UNAVAILABLE."""
-        async with self._postgres.connection() as connection:
-            heartbeat_at = await connection.fetchval(_LAST_HEARTBEAT)
+        """Fills the empty mirror of a server from one snapshot of PostgreSQL. `found_at`: when it was found cold, on
+        the monotonic clock. Raises Rewind, MirrorUnavailable, MirrorInDoubt, ForeignDatabase or an error of
+        PostgreSQL."""
+        async with (
+            self._postgres.connection() as connection,
+            connection.transaction(isolation="repeatable_read", readonly=True),
+        ):
+            # The first query takes the snapshot, which must have everything before the place in the log: all later
+            # changes are read from the log. The feed loop goes on behind the snapshot too.
+            starts = await _log_lows(connection)
+            end = await find_end(connection)
             await self._mirror.begin_log()
+            await self._mirror.known_keys.forget()
             for restaurant in await list_restaurants(connection):
                 await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
-            # The feed loop goes on from here. Everything before it is among the states that are loaded below.
-            end = await find_end(connection)
             loaded = 0
             since = now() - timedelta(days=self._settings.mirror_window_days)
             for entity in registry.ENTITIES.values():
-                async for block in states.live_window(connection, entity, since):
-                    loaded += len(block)
-                    for start in range(0, len(block), STATES_PER_SCRIPT):
-                        chunk = [stored_state(entity, stored) for stored in block[start : start + STATES_PER_SCRIPT]]
-                        if await self._mirror.apply(chunk, at=NOTHING_APPLIED, server=server) is None:
-                            raise Rewind("another mirror has replaced the one that is being filled")
-            async for rows in states.holds(connection):
-                await self._mirror.hold(rows)
+                async with aclosing(states.live_window(connection, entity, since)) as blocks:
+                    async for block in blocks:
+                        loaded += len(block)
+                        await self._fill_block(readable_states(entity, block), server)
+            async with aclosing(states.holds(connection)) as held:
+                async for rows in held:
+                    await self._mirror.hold(rows)
+            new_system = not loaded and await connection.fetchval(_FIRST_MIRROR)
         await self._mirror.settle([], note=FeedNote(end.xid, end.encode(), again=True))
-        log.info("mirror_rebuilt", loaded=loaded, since=str(heartbeat_at))
-        # In a new system nothing can be in flight.
-        settled_at = found_at + self._settings.mirror_settle_seconds if loaded else found_at
-        start_at = heartbeat_at - OVERLAP if heartbeat_at else "first"
-        return StartPoint(NOTHING_APPLIED, start_at, server, False, settled_at)
+        log.info("mirror_rebuilt", loaded=loaded, start=str(starts[0]))
+        settled_at = found_at if new_system else found_at + self._settings.mirror_settle_seconds
+        return StartPoint(NOTHING_APPLIED, starts[0], server, False, settled_at)
+
+    async def _fill_block(self, block: Sequence[Apply], server: str) -> None:
+        for start in range(0, len(block), STATES_PER_SCRIPT):
+            chunk = block[start : start + STATES_PER_SCRIPT]
+            if await self._mirror.apply(chunk, at=NOTHING_APPLIED, server=server) is None:
+                raise Rewind("another mirror has replaced the one that is being filled")
+
+    # -- from cold to warm -------------------------------------------------------------------------------------
+
+    def read_from_log(self, heartbeats: Iterable[LogHeartbeat]) -> None:
+        """Records that the mirror has the log up to these heartbeats."""
+        for sent in self._sent:
+            sent.not_in_log.difference_update(one.id for one in heartbeats)
+
+    async def prove(self, begun: StartPoint) -> None:
+        """Waits until the mirror may become warm, while its mirror writer reads the log. Raises Rewind,
+        MirrorUnavailable or MirrorInDoubt."""
+        await asyncio.sleep(max(0.0, begun.settled_at - time.monotonic()))
+        await self._pass_lanes()
+        await self._with_postgres(self._load_dead_letters)
+        while not await self._with_postgres(self._tell_feed):  # noqa: ASYNC110  (nothing tells when the mirror is filled)
+            await asyncio.sleep(_LOOK_INTERVAL_SECONDS)
+
+    async def _pass_lanes(self) -> None:
+        """Waits until all heartbeats of one sending have come."""
+        self._sent = []
+        send_at = 0.0
+        while not any(sent.came for sent in self._sent):
+            if time.monotonic() >= send_at:
+                pause_seconds = self._send_again_seconds if await self._send() else _UNCONFIRMED_PAUSE_SECONDS
+                send_at = time.monotonic() + pause_seconds
+            if ids := {id_ for sent in self._sent if not sent.not_in_log for id_ in sent.not_in_postgres}:
+                stored = await self._with_postgres(lambda: self._stored(ids))
+                for sent in self._sent:
+                    sent.not_in_postgres -= stored
+            await asyncio.sleep(_LOOK_INTERVAL_SECONDS)
+
+    async def _send(self) -> bool:
+        """Sends heartbeats. Returns False if the broker has not confirmed all of them."""
+        lanes = {str(uuid4()): lane for lane in _LANES for _ in range(_HEARTBEATS_PER_LANE)}
+        sent = _Heartbeats(set(lanes), set(lanes))
+        self._sent.append(sent)  # before the confirm, because the log may deliver them earlier
+        confirmed = all(await asyncio.gather(*(self._heartbeats.send_now(lane, id_) for id_, lane in lanes.items())))
+        if not confirmed:
+            self._sent.remove(sent)
+        return confirmed
+
+    async def _stored(self, ids: Collection[str]) -> set[str]:
+        async with self._postgres.connection() as connection:
+            return await stored_heartbeats(connection, ids)
+
+    async def _load_dead_letters(self) -> None:
+        """Loads the states of open dead letters that are newer than the states in PostgreSQL. They are pending, and the
+        feed loop then tells their failures."""
+        async with self._postgres.connection() as connection, aclosing(open_bodies(connection)) as blocks:
+            async for block in blocks:
+                found = [dead for change_id, body in block for dead in _readable_changes(body, change_id)]
+                for at in range(0, len(found), STATES_PER_SCRIPT):
+                    chunk = found[at : at + STATES_PER_SCRIPT]
+                    late = [chunk[place] for place in await self._mirror.apply(chunk) or ()]
+                    await self._mirror.apply(await compared_with_postgres(connection, late))
+
+    async def _tell_feed(self) -> bool:
+        return await FeedLoop(self._settings, self._postgres, self._mirror).turn()
+
+    async def _with_postgres(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Repeats `work` until PostgreSQL answers."""
+        attempt = 0
+        while True:
+            try:
+                return await work()
+            except (ForeignDatabase, asyncpg.PostgresError, *UNAVAILABLE) as error:
+                attempt += 1
+                log.warning("warm_up_waits", error=describe(error), attempt=attempt)
+                await asyncio.sleep(backoff(attempt))
 
     async def stamp(self, position: LogPosition, server: str) -> None:
         """Makes the mirror of a server warm under a new identity, after the log has been read to `position`. Raises
-        Rewind if it is another mirror than the one that was filled, MirrorUnavailable, MirrorInDoubt or one of
-        UNAVAILABLE."""
+        Rewind if it is another mirror than the one that was filled, MirrorUnavailable or MirrorInDoubt."""
         if await self._mirror.server() == (server, True):
             return  # another mirror writer was faster
         if self._registered is None:
-            async with self._postgres.connection() as connection:
-                (row,) = await connection.fetch(_REGISTER, f"{server}:{uuid4()}")
-            self._registered = (row["id"], row["at"])
+            self._registered = await self._with_postgres(lambda: self._register(server))
         # If the mirror does not answer, it may have the identity already.
         registered, self._registered = self._registered, None
         id_, registered_at = registered
@@ -131,7 +255,52 @@ class WarmUp:
             raise Rewind("another mirror has replaced the one that was filled")
         log.info("mirror_warm", position=position, identity=id_, prefix=identity.prefix, until=identity.prefix_until)
 
+    # -- the keys of requests ------------------------------------------------------------------------------------
 
-def stored_state(entity: Entity, stored: states.StoredState) -> Apply:
-    """Returns a state of PostgreSQL as it is applied to the mirror."""
-    return Apply(entity, entity.decode_state(stored.state), stored.head, stored.state, stored.accepted_at, "stored")
+    async def load_keys(self) -> None:
+        """Lets a warm mirror know the keyed orders of the last weeks, if it does not. Until then, a creation with a key
+        looks in PostgreSQL. Raises Rewind, MirrorUnavailable or MirrorInDoubt."""
+        await self._with_postgres(self._load_keys)
+
+    async def _load_keys(self) -> None:
+        identity = await self._mirror.known_keys.lacking()
+        if identity is None:
+            return
+        loaded = 0
+        async with self._postgres.connection() as connection:
+            for restaurant in await list_restaurants(connection):
+                since = now() - timedelta(days=_KEY_DAYS)
+                async with aclosing(states.keyed_orders(connection, restaurant.id, since)) as blocks:
+                    async for block in blocks:
+                        loaded += len(block)
+                        await self._note_keys(identity, block)
+        await self._note_keys(identity, (), last=True)
+        log.info("mirror_knows_keys", loaded=loaded)
+
+    async def _note_keys(self, identity: str, orders: Sequence[KeyedOrder], *, last: bool = False) -> None:
+        if not await self._mirror.known_keys.note(identity, orders, last=last):
+            raise Rewind("another mirror has replaced the one that is being filled")
+
+    async def _register(self, server: str) -> tuple[int, datetime]:
+        async with self._postgres.connection() as connection:
+            (row,) = await connection.fetch(_REGISTER, f"{server}:{uuid4()}")
+        return row["id"], row["at"]
+
+
+async def _log_lows(connection: Connection) -> Sequence[Start]:
+    """Returns positions such that PostgreSQL has everything up to each of them, or has it as a dead letter; the newest
+    first. The log may have lost the newest ones."""
+    return positions(await list_checkpoints(connection), "log_low") or ["first"]
+
+
+def _readable_changes(body: bytes, change_id: str) -> list[Apply]:
+    """Returns the change with this id in the body of a dead letter, or nothing if this release cannot read it."""
+    try:
+        event = next((event for event in split_batch(body) if (seen := outline(event)) and seen.id == change_id), None)
+        if event is None:
+            return []
+        change = decode_change(event)
+        entity, state = registry.read(change)
+    except BrokenContract:
+        return []  # no reader of the mirror could read it either
+    return [Apply(entity, state, change.head, bytes(change.data.after), change.time, "late")]

@@ -10,7 +10,8 @@
 --       the stock that an order holds or the count of an inventory item (see stock.lua)
 --       how: 'reveal'  the state becomes pending, unless sync_state.lua has already noted its commit
 --            'stored'  the state comes from PostgreSQL
---            'late'    an old event: if the doc is missing, the script reports the state instead of writing it
+--            'late'    an event of the log, perhaps an old one: if the doc is missing, the script reports the state
+--                      instead of writing it, and the caller compares it with PostgreSQL
 -- Replies {'rewind'} if this is not the mirror that the caller filled, otherwise
 --         {'applied', positions (from 1) of late states whose doc is missing...}
 if ARGV[1] ~= '' then

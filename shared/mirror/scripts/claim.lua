@@ -1,16 +1,18 @@
 -- with identity.lua, stock.lua, order_number.lua
 -- claim: reserves the next version of an entity for one change, or says why it cannot.
--- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter
+-- KEYS  1 doc  2 claim  3 claims  4 warm stamp  5 number counter  6 ticketrail:keys
 -- ARGV  1 change id  2 version  3 base version (0: creation)  4 base change id  5 event
 --       6 whether the change needs an order number (0/1)  7 claims member  8 age at which a claim is stale (ms)
 --       9 the stock that the change holds (see stock.lua)
 --       10 deadline (ms, on this server's clock; '': none). Without it, a server that was frozen would execute the claim
 --          long after the caller has given up, and a creation would exist twice.
 --       11 the lane in which the change will be recorded, also by another process that finishes the claim
+--       12 whether a creation may be the repeat of one that only PostgreSQL has (0/1)
 -- Replies
 --   {"claimed", number}                     the change holds the claim (also if this call was executed before)
 --   {"cold"}                                the mirror writer has not filled this mirror
 --   {"late"}                                the deadline has passed; nothing was claimed
+--   {"ask"}                                 the mirror does not know all keys yet: look in PostgreSQL first
 --   {"busy"}                                another change holds a fresh claim
 --   {"stale", change id, event, number, lane}  another change holds a stale claim, which is now marked: finish it first
 --   {"head_moved", version, change id, state}  the base is not the head (for a creation: the entity exists)
@@ -61,6 +63,9 @@ end
 
 if ARGV[10] ~= '' and now > tonumber(ARGV[10]) then
   return {'late'}
+end
+if ARGV[12] == '1' and not doc[1] and redis.call('EXISTS', KEYS[6]) == 0 then
+  return {'ask'}
 end
 local refused, reserved = nil, ''
 if ARGV[9] ~= '' then

@@ -27,10 +27,12 @@ class MirrorServer:
 
     async def warm(self, at: LogPosition = NOTHING_APPLIED, identity: MirrorIdentity | None = None) -> None:
         """Makes the mirror warm, as the mirror writer does at the end of the log. The default is a new identity whose
-        order numbers have no prefix."""
+        order numbers have no prefix. The mirror then knows all keys."""
         await self.mirror.begin_log()
         server, _ = await self.mirror.server()
-        assert await self.mirror.warm(at, server, identity or MirrorIdentity(uuid4().int >> 65, "", ""))
+        identity = identity or MirrorIdentity(uuid4().int >> 65, "", "")
+        assert await self.mirror.warm(at, server, identity)
+        await self.call("SET", keys.KEYS, identity.id)
 
     async def cool(self) -> None:
         """Makes the mirror cold, as it is after a restart until the mirror writer has filled it."""

@@ -3,8 +3,8 @@
 A test uses the real tables of PostgreSQL, or a model of a few lines. The model is written independently of the code
 that it checks."""
 
-from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from services.sync.heartbeat import HeartbeatMonitor
@@ -20,20 +20,26 @@ from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres import states
-from shared.postgres.pool import Postgres
+from shared.postgres.pool import Connection, Postgres, PostgresUnavailable
 from shared.settings import Settings
 from tests.rigs.rail.changes import State, applied
 
 
-def mirror_writer(
-    settings: Settings, mirror: Mirror, *, postgres: Postgres | None = None, clock: Callable[[], datetime]
-) -> MirrorWriter:
-    """Returns a mirror writer, not started. Without `postgres` it takes no late changes and cannot rebuild a mirror."""
+class NoPostgres(Postgres):
+    """A PostgreSQL that never answers."""
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        raise PostgresUnavailable("this test has no PostgreSQL")
+        yield
+
+
+def mirror_writer(settings: Settings, mirror: Mirror, *, postgres: Postgres | None = None) -> MirrorWriter:
+    """Returns a mirror writer, not started. Without `postgres`, PostgreSQL is unavailable to it."""
     nothing: Any = None
     watch, tracer = HeartbeatMonitor(settings), Tracer("test", settings)
-    return MirrorWriter(
-        settings, postgres or nothing, mirror, nothing, watch, tracer, WriterMetrics(Metrics()), clock=clock
-    )
+    postgres = postgres or NoPostgres("", settings)
+    return MirrorWriter(settings, postgres, mirror, nothing, watch, tracer, WriterMetrics(Metrics()))
 
 
 async def read_log(writer: MirrorWriter, log: Sequence[bytes], at: LogPosition, count: int) -> LogPosition:

@@ -1,0 +1,289 @@
+"""The warm-up on real servers: a lost mirror takes claims only after it has everything that was accepted before."""
+
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+
+from services.sync.writer.postgres_writer import PostgresWriter
+from services.sync.writer.upsert import DecodedChange, write_batch
+from shared.entities import registry
+from shared.entities.contract import Change, Lane, encode, now
+from shared.entities.inventory_item import InventoryItem
+from shared.entities.order import ENTITY as ORDER
+from shared.entities.order import OrderStatus, StockHold
+from shared.messaging import topology
+from shared.messaging.position import LogPosition
+from shared.mirror import keys
+from shared.mirror.claim_replies import Ask, Claimed, ClaimReply, HeadMoved
+from shared.mirror.mirror import Apply
+from shared.postgres.checkpoints import append_checkpoint, last_checkpoint
+from tests.rigs.builders import CREATED_AT, RESTAURANT, change, new_id, order
+from tests.rigs.mirror_writer import MirrorRig, replace_log
+from tests.rigs.postgres_writer import MakeRig, Rig
+from tests.rigs.replays import REFUSE_FORBIDDEN_NOTES
+from tests.rigs.servers import Redis, Servers
+from tests.rigs.system import eventually
+from tests.rigs.turns import whole_turn
+
+_TURNS = 10
+"""The mirror must stay cold for so many rounds of the mirror writer, each of which has a heartbeat."""
+
+
+@pytest.fixture(scope="module")
+def redis(servers: Servers) -> Redis:
+    """A Redis for this module only, because a mirror keeps the log state of one log."""
+    return servers.extra_redis()
+
+
+@pytest.fixture
+async def make_mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[Any]:
+    made: list[MirrorRig] = []
+
+    async def make(heartbeats_again_seconds: float = 10.0, **settings: Any) -> MirrorRig:
+        """Returns a new system whose mirror writer has made its mirror warm."""
+        await redis.command("FLUSHALL")
+        rig: Rig = await make_rig(redis_url=redis.url, **{"mirror_settle_seconds": 0.2, **settings})
+        one = MirrorRig(rig, heartbeats_again_seconds=heartbeats_again_seconds)
+        made.append(one)
+        await rig.writer.start()
+        await rig.heartbeats.start()
+        one.writer.start()
+        await one.warm()
+        return one
+
+    yield make
+    for one in made:
+        await one.writer.stop()
+
+
+@pytest.fixture
+async def mirrored(make_mirrored: Any) -> MirrorRig:
+    made: MirrorRig = await make_mirrored()
+    return made
+
+
+async def written(mirrored: MirrorRig) -> Change:
+    """Returns an order that both stores have."""
+    made = change(order(items=1))
+    await mirrored.rig.publish(made)
+    await mirrored.rig.written(made)
+    await mirrored.shown(made)
+    return made
+
+
+async def wipe(mirrored: MirrorRig, redis: Redis) -> None:
+    await redis.command("FLUSHALL")
+
+    async def noticed() -> bool:
+        return not mirrored.writer.warm
+
+    await eventually(noticed, what="a mirror writer that has noticed the loss")
+
+
+async def stays_cold(mirrored: MirrorRig) -> None:
+    for _ in range(_TURNS):
+        await whole_turn(mirrored.writer.loop)
+    assert not await mirrored.mirror.is_warm()
+
+
+async def start_another_writer(rig: Rig) -> None:
+    """Acts like the start of a worker after its PostgreSQL writer was stopped, which cannot start again."""
+    rig.writer = PostgresWriter(
+        rig.settings, rig.postgres, rig.publisher, rig.watch, rig.tracer, rig.counts, committed=rig.feed_loop.wake
+    )
+    await rig.writer.start()
+
+
+async def commit(rig: Rig, made: Change) -> None:
+    """Commits a change in PostgreSQL alone, as if the log had lost it."""
+    entity, state = registry.read(made)
+    await write_batch(rig.database, [DecodedChange(entity.lane, entity, made, state)], timeout_seconds=5.0)
+
+
+async def test_mirror_of_a_new_system_does_not_wait_for_the_settle_period_and_a_lost_one_does(
+    make_mirrored: Any, redis: Redis
+) -> None:
+    mirrored = await make_mirrored(mirror_settle_seconds=3_600)
+    made = await written(mirrored)
+    await wipe(mirrored, redis)
+    await mirrored.shown(made)
+    await stays_cold(mirrored)
+
+
+async def test_lost_mirror_stays_cold_until_a_lane_has_delivered_what_was_sent_before(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    made = await written(mirrored)
+    await mirrored.rig.writer.stop()
+    await wipe(mirrored, redis)
+    await mirrored.shown(made)
+    await stays_cold(mirrored)
+    await start_another_writer(mirrored.rig)
+    await mirrored.warm()
+
+
+async def test_heartbeats_that_a_purged_lane_lost_are_sent_again(make_mirrored: Any, redis: Redis) -> None:
+    mirrored: MirrorRig = await make_mirrored(heartbeats_again_seconds=1.0)
+    made = await written(mirrored)
+    await mirrored.rig.heartbeats.stop()
+    await mirrored.rig.drained()
+    await mirrored.rig.writer.stop()
+    await wipe(mirrored, redis)
+    await mirrored.shown(made)
+    queue = topology.lane_queue(Lane.NORMAL)
+    await eventually(lambda: mirrored.rig.depth(queue), what="heartbeats of the warm-up")
+    async with mirrored.rig.channel() as channel:
+        await (await channel.get_queue(queue)).purge()
+    await start_another_writer(mirrored.rig)
+    await mirrored.warm()
+
+
+async def test_warm_mirror_has_what_was_committed_while_it_was_filled(mirrored: MirrorRig, redis: Redis) -> None:
+    await written(mirrored)
+    await mirrored.rig.writer.stop()
+    await wipe(mirrored, redis)
+    await eventually(mirrored.mirror.feed_position, what="a filled mirror")
+    committed = change(order(items=1))
+    await commit(mirrored.rig, committed)  # no feed loop runs here
+    await start_another_writer(mirrored.rig)
+    await mirrored.warm()
+    found = await mirrored.document(committed)
+    assert found is not None and found.head == committed.head and not found.pending
+
+
+async def test_warm_mirror_has_the_states_of_open_dead_letters_as_failed(mirrored: MirrorRig, redis: Redis) -> None:
+    rig = mirrored.rig
+    await rig.as_owner(REFUSE_FORBIDDEN_NOTES)
+    first = await written(mirrored)
+    refused = change(order(items=1, notes="forbidden"))
+    newer = change(order(items=1, id=first.entity_id, notes="forbidden"), base=first)
+    await rig.publish(refused, newer)
+    rig.collector.start()
+    await rig.dead_letters(2)
+    await mirrored.writer.stop()
+    await redis.command("FLUSHALL")
+    await replace_log(rig)  # so that only the dead letters have these states
+    mirrored.writer.start()
+    await eventually(mirrored.mirror.is_warm, what="a warm mirror")
+    for one in (refused, newer):
+        found = await mirrored.document(one)
+        assert found is not None and found.head == one.head and found.pending
+        assert "no_forbidden" in msgspec.json.decode(found.failure)["error"]
+
+
+# -- where a fill begins ---------------------------------------------------------------------------------------------
+
+
+async def append(rig: Rig, log_low: LogPosition) -> None:
+    """Writes a checkpoint as the leader of the ledger does."""
+    last = await last_checkpoint(rig.database)
+    written = await append_checkpoint(
+        rig.database, last.id if last else None, log_low=log_low, log_at=log_low, feed=(0, 0), counts={}
+    )
+    assert written
+
+
+async def position(mirrored: MirrorRig) -> LogPosition:
+    found = await mirrored.mirror.log_position()
+    assert found is not None
+    return found
+
+
+async def test_wiped_mirror_reads_the_log_from_the_newest_checkpoint_that_the_log_proves(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    rig = mirrored.rig
+    await rig.writer.stop()
+    before, after = change(order(items=1)), change(order(items=1))
+    await rig.publish(before)
+    await mirrored.shown(before)
+    low = await position(mirrored)
+    await rig.publish(after)
+    await mirrored.shown(after)
+    await append(rig, low)
+    await append(rig, LogPosition(low.offset + 1, low.crc ^ 1))  # the log has another message there
+    async with rig.channel() as channel:
+        await (await channel.get_queue(topology.lane_queue(Lane.CRITICAL))).purge()
+    await start_another_writer(rig)
+    await wipe(mirrored, redis)
+    await mirrored.shown(after)
+    await mirrored.warm()
+    assert await mirrored.document(before) is None, "the log was read from its beginning"
+
+
+async def test_mirror_is_filled_from_one_snapshot_of_postgres(
+    mirrored: MirrorRig, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit between the live window and the holds must be in both or in none."""
+    rig = mirrored.rig
+    at: dict[str, Any] = {"counted_at": CREATED_AT, "created_at": CREATED_AT, "updated_at": CREATED_AT}
+    item = InventoryItem(id=new_id(), restaurant_id=RESTAURANT, name="Water", quantity=5, **at)
+    await commit(rig, change(item))
+    await written(mirrored)
+    apply, hold = mirrored.mirror.apply, mirrored.mirror.hold
+    meanwhile = change(order(items=1, holds=(StockHold(item.id, 1),)))
+    committed = False
+    held: set[str] = set()
+
+    async def committed_meanwhile(states: Sequence[Apply], **more: Any) -> list[int] | None:
+        nonlocal committed
+        if not committed and any(one.how == "stored" for one in states):
+            committed = True
+            await commit(rig, meanwhile)
+        return await apply(states, **more)
+
+    async def noted(rows: Any) -> None:
+        held.update(order_id for _, order_id, _ in rows)
+        await hold(rows)
+
+    monkeypatch.setattr(mirrored.mirror, "apply", committed_meanwhile)
+    monkeypatch.setattr(mirrored.mirror, "hold", noted)
+    await wipe(mirrored, redis)
+    await mirrored.warm()
+    assert committed and meanwhile.entity_id not in held
+    assert await mirrored.document(meanwhile) is not None
+
+
+# -- the keys of requests --------------------------------------------------------------------------------------------
+
+
+async def claim(mirrored: MirrorRig, made: Change, *, ask: bool) -> ClaimReply:
+    return await mirrored.mirror.claim(ORDER, made, encode(made), None, None, ask=ask)
+
+
+async def knows_keys(mirrored: MirrorRig, redis: Redis) -> None:
+    async def look() -> bool:
+        return bool(await redis.command("EXISTS", keys.KEYS))
+
+    await eventually(look, what="a mirror that knows the keys")
+
+
+async def test_wiped_mirror_knows_the_keyed_orders_that_left_the_live_window(mirrored: MirrorRig, redis: Redis) -> None:
+    at = now() - timedelta(days=20)
+    old = {"status": OrderStatus.COMPLETED, "created_at": at, "updated_at": at}
+    keyed, other = change(order(items=1, request_hash="ab" * 32, **old)), change(order(items=1, **old))
+    await mirrored.rig.database.execute(
+        "insert into restaurants (id, slug, name) values ($1, 'dosa', 'Dosa')", RESTAURANT
+    )
+    await commit(mirrored.rig, keyed)
+    await commit(mirrored.rig, other)
+    await wipe(mirrored, redis)
+    await mirrored.warm()
+    await knows_keys(mirrored, redis)
+    assert await mirrored.document(keyed) is None, "the order is in the live window"
+    again = change(order(items=1, id=keyed.entity_id, notes="a repeat"))
+    assert await claim(mirrored, again, ask=True) == HeadMoved(keyed.head, None)
+    assert isinstance(await claim(mirrored, change(order(items=1)), ask=True), Claimed)
+
+
+async def test_creation_with_a_key_is_asked_to_look_until_the_mirror_knows_the_keys(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    await knows_keys(mirrored, redis)
+    await redis.command("DEL", keys.KEYS)
+    made = change(order(items=1))
+    assert await claim(mirrored, made, ask=True) == Ask()
+    assert isinstance(await claim(mirrored, made, ask=False), Claimed)
