@@ -117,6 +117,17 @@ class Numbering:
 
 
 @dataclass(frozen=True)
+class Keyed:
+    """Which entities may have been created with an Idempotency-Key. The mirror keeps the heads of those that have left
+    the live window, so that a repeated request does not create them again."""
+
+    mark: str
+    """A text that their encoded states contain. An empty text means all entities."""
+    sql: str
+    """The same as an SQL condition on their table."""
+
+
+@dataclass(frozen=True)
 class Entity:
     name: str
     state: type[Struct]
@@ -130,6 +141,8 @@ class Entity:
     window_sql: str = ""
     """The live window as an SQL condition on the table `t`; `$1` is the time when the window begins. An empty text
     means all rows."""
+    keyed: Keyed | None = None
+    """None if no entity leaves the live window."""
     score: Callable[[Any], float] = lambda state: state.created_at.timestamp()
     """Returns the sort key of a state in the mirror's live index."""
     children: Sequence[Children] = ()

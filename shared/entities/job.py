@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from shared.entities.contract import Id, Label, Lane, Text, Time
-from shared.entities.entity import Entity, OnConflict, Table, columns
+from shared.entities.entity import Entity, Keyed, OnConflict, Table, columns
 
 
 class JobStage(StrEnum):
@@ -103,6 +103,7 @@ ENTITY = Entity(
     on_conflict=OnConflict.TERMINAL_WINS,
     live=lambda job: job.deleted_at is None and job.stage in (JobStage.QUEUED, JobStage.IN_PROGRESS),
     window_sql="(t.updated_at >= $1 or (t.stage in ('queued', 'in_progress') and t.deleted_at is null))",
+    keyed=Keyed(mark="", sql="true"),
     table=Table(
         "jobs",
         tuple(

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from shared.entities.contract import Amount, Id, Label, Lane, Money, Text, Time, encode
-from shared.entities.entity import Children, Column, Entity, Facts, Hold, Numbering, OnConflict, Table, columns
+from shared.entities.entity import Children, Column, Entity, Facts, Hold, Keyed, Numbering, OnConflict, Table, columns
 
 
 class OrderStatus(StrEnum):
@@ -190,6 +190,7 @@ ENTITY = Entity(
     on_conflict=OnConflict.TERMINAL_WINS,
     live=lambda order: order.status not in (OrderStatus.COMPLETED, OrderStatus.CANCELLED) and order.deleted_at is None,
     window_sql="(t.updated_at >= $1 or (t.status not in ('completed', 'cancelled') and t.deleted_at is null))",
+    keyed=Keyed(mark='"request_hash":"', sql="request_hash is not null"),
     table=Table(
         "orders",
         (

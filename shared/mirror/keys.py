@@ -14,7 +14,7 @@
     ticketrail:log                   hash   offset, crc: the position up to which the mirror writer has applied the log;
                                             broken: the largest offset from which the position has moved back
     ticketrail:feed                  hash   position, xid: how far the feed loop has read the feed (postgres/feed.py)
-    ticketrail:keys                  text   identity of the mirror; set while it knows the keyed orders of 30 days
+    ticketrail:keys                  text   identity of the mirror; set while it knows the keyed creations of 30 days
     ticketrail:claims                zset   <restaurant>|<entity>|<id> by time of the claim (ms)
     ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids

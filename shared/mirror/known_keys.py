@@ -1,14 +1,11 @@
-"""Whether a mirror knows the orders of the last weeks that were created with an Idempotency-Key, so that another
-creation is new. Every method raises MirrorUnavailable or MirrorInDoubt."""
+"""Whether a mirror knows what was created with an Idempotency-Key in the last weeks, so that another creation is new.
+Every method raises MirrorUnavailable or MirrorInDoubt."""
 
 from collections.abc import Sequence
 
 from shared.entities.contract import Head
 from shared.mirror import keys
 from shared.mirror.connection import MirrorConnection
-
-KeyedOrder = tuple[str, str, Head]
-"""Restaurant, id and head of an order."""
 
 
 class KnownKeys:
@@ -23,12 +20,16 @@ class KnownKeys:
         found: bytes | None = await self._redis.call("HGET", keys.WARM, "identity")
         return None if found is None else found.decode()
 
-    async def note(self, identity: str, orders: Sequence[KeyedOrder], *, last: bool) -> bool:
-        """Loads the heads of keyed orders, unless the mirror has the orders. `last`: the mirror knows all keys then.
-        Returns False if this is not the warm mirror with that identity."""
-        docs = [keys.doc(restaurant, "order", id_) for restaurant, id_, _ in orders]
-        heads = [value for _, _, head in orders for value in (head.version, head.change_id)]
-        return bool(await self._redis.script("note_keys", [keys.WARM, keys.KEYS, *docs], [identity, int(last), *heads]))
+    async def load(self, identity: str, entity: str, heads: Sequence[tuple[str, str, Head]]) -> bool:
+        """Loads the heads of entities, given as (restaurant, id, head), unless the mirror has the entities. Returns
+        False if this is not the warm mirror with that identity."""
+        docs = [keys.doc(restaurant, entity, id_) for restaurant, id_, _ in heads]
+        arguments = [value for _, _, head in heads for value in (head.version, head.change_id)]
+        return bool(await self._redis.script("note_keys", [keys.WARM, keys.KEYS, *docs], [identity, 0, *arguments]))
+
+    async def complete(self, identity: str) -> bool:
+        """Notes that the mirror knows all keys. Returns False if this is not the warm mirror with that identity."""
+        return bool(await self._redis.script("note_keys", [keys.WARM, keys.KEYS], [identity, 1]))
 
     async def forget(self) -> None:
         """Notes that the mirror may lack keys, because it is filled again."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from shared.entities import registry
 from shared.entities.contract import Change, Head, Lane, Outline
 from shared.entities.entity import Entity, Hold
 from shared.messaging.position import LogPosition
@@ -329,8 +330,10 @@ class Mirror:
 
     async def trim(self, restaurant: str, entity: str, seen: dict[str, str]) -> int:
         """Removes documents from the live window, unless they are pending or have changed since the caller saw them.
+        Keeps the heads of those that may have been created with an Idempotency-Key.
 
         `seen`: id -> the change id that the caller saw. Returns the number of removed documents."""
+        keyed = registry.ENTITIES[entity].keyed
         left = await self._redis.script(
             "trim",
             [
@@ -338,7 +341,7 @@ class Mirror:
                 keys.pending(restaurant, entity),
                 *(keys.doc(restaurant, entity, id_) for id_ in seen),
             ],
-            list(seen.values()),
+            [int(keyed is not None), keyed.mark if keyed else "", *seen.values()],
         )
         return int(left)
 

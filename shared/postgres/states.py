@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from shared.entities.contract import Head
-from shared.entities.entity import Entity, Hold
+from shared.entities.entity import Entity, Hold, Keyed
 from shared.entities.selection import Selection
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
@@ -134,20 +134,20 @@ async def heads(connection: Connection, entity: Entity, restaurant: str, ids: Se
     return {row["id"]: Head(row["version"], row["change_id"]) for row in rows}
 
 
-async def keyed_orders(
-    connection: Connection, restaurant: str, since: datetime
+async def keyed_heads(
+    connection: Connection, entity: Entity, keyed: Keyed, since: datetime
 ) -> AsyncGenerator[list[tuple[str, str, Head]], None]:
-    """Yields (restaurant, id, head) of the orders of one restaurant that were created with an Idempotency-Key after
-    `since`, in blocks of up to 500."""
+    """Yields (restaurant, id, head) of the entities that may have been created with an Idempotency-Key after `since`,
+    over all tenants, in blocks of up to 500."""
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(
-            "select id::text, version, change_id::text from orders"
-            " where restaurant_id = $1 and created_at >= $2 and request_hash is not null",
-            restaurant,
+            "select r.id::text, t.id::text, t.version, t.change_id::text from restaurants r"  # noqa: S608
+            f" cross join lateral (select id, version, change_id from {entity.table.name}"
+            f" where restaurant_id = r.id and created_at >= $1 and {keyed.sql} offset 0) t",
             since,
         )
         while rows := await cursor.fetch(500):
-            yield [(restaurant, row[0], Head(row[1], row[2])) for row in rows]
+            yield [(row[0], row[1], Head(row[2], row[3])) for row in rows]
 
 
 async def list_conflicts(connection: Connection) -> list[tuple[str, str, str]]:

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from msgspec import structs
 
 from shared.entities.contract import Head, Outline, encode, outline
+from shared.entities.job import ENTITY as JOB
+from shared.entities.job import BayJob
 from shared.entities.order import ENTITY as ORDER
 from shared.messaging.position import LogPosition
 from shared.mirror import keys
@@ -463,6 +465,24 @@ async def test_keyed_creation_outside_the_window_is_remembered_without_its_state
     # A read of the order brings it back.
     await mirror.apply([applied(change, "stored")])
     assert await head_of(mirror, restaurant, placed.id) == change.head
+
+
+async def test_job_outside_the_window_is_not_created_again(mirror: Mirror) -> None:
+    """The state of a job does not tell whether it was created with a key."""
+    restaurant, at = builders.new_id(), builders.CREATED_AT
+    await warmed(mirror)
+    job = BayJob(
+        id=builders.new_id(),
+        restaurant_id=restaurant,
+        bay_id=builders.new_id(),
+        title="Wash",
+        created_at=at,
+        updated_at=at,
+    )
+    change, repeat = builders.change(job), builders.change(structs.replace(job, title="Wash it"))
+    await mirror.apply([applied(change, "stored")])
+    assert await mirror.trim(restaurant, "job", {job.id: change.id}) == 1
+    assert await mirror.claim(JOB, repeat, encode(repeat), None, None) == HeadMoved(change.head, None)
 
 
 async def test_trimming_keeps_entities_that_changed_or_are_pending(mirror: Mirror) -> None:

@@ -1,5 +1,6 @@
 """The warm-up on real servers: a lost mirror takes claims only after it has everything that was accepted before."""
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 from services.sync.writer.postgres_writer import PostgresWriter
 from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import registry
-from shared.entities.contract import Change, Lane, encode, now
+from shared.entities.contract import Change, Lane, Outline, encode, now
 from shared.entities.inventory_item import InventoryItem
+from shared.entities.job import BayJob, JobStage
 from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import OrderStatus, StockHold
 from shared.messaging import topology
@@ -76,11 +78,7 @@ async def written(mirrored: MirrorRig) -> Change:
 
 async def wipe(mirrored: MirrorRig, redis: Redis) -> None:
     await redis.command("FLUSHALL")
-
-    async def noticed() -> bool:
-        return not mirrored.writer.warm
-
-    await eventually(noticed, what="a mirror writer that has noticed the loss")
+    await mirrored.cold()
 
 
 async def stays_cold(mirrored: MirrorRig) -> None:
@@ -122,6 +120,49 @@ async def test_lost_mirror_stays_cold_until_a_lane_has_delivered_what_was_sent_b
     await mirrored.shown(made)
     await stays_cold(mirrored)
     await start_another_writer(mirrored.rig)
+    await mirrored.warm()
+
+
+async def test_lost_mirror_stays_cold_until_the_log_is_read_up_to_the_heartbeats(
+    mirrored: MirrorRig, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await written(mirrored)
+    read_on, apply_entries = asyncio.Event(), mirrored.writer.apply_entries
+
+    async def held(*arguments: Any) -> list[Outline]:
+        await read_on.wait()
+        return await apply_entries(*arguments)
+
+    monkeypatch.setattr(mirrored.writer, "apply_entries", held)
+    await wipe(mirrored, redis)
+    await mirrored.shown(made)  # the mirror is filled
+    for _ in range(_TURNS):
+        await whole_turn(mirrored.rig.heartbeats.loop)
+    assert not await mirrored.mirror.is_warm()
+    read_on.set()
+    await mirrored.warm()
+
+
+async def test_lost_mirror_stays_cold_while_a_second_consumer_of_a_lane_holds_older_messages(
+    make_mirrored: Any, redis: Redis
+) -> None:
+    mirrored: MirrorRig = await make_mirrored(heartbeats_again_seconds=0.5, lane_consumers=1)
+    rig, held = mirrored.rig, asyncio.Queue[Any]()
+    made = await written(mirrored)
+    await rig.heartbeats.stop()  # only the warm-up sends heartbeats
+    async with rig.channel() as channel:
+        await channel.set_qos(prefetch_count=1_000)
+        # The consumers of a lane get messages in turns. This one acknowledges none.
+        await (await channel.get_queue(topology.lane_queue(Lane.CRITICAL))).consume(held.put)
+
+        async def older() -> bool:
+            await rig.publish(change(order(items=1)))
+            return not held.empty()
+
+        await eventually(older, what="a message that the second consumer holds")
+        await wipe(mirrored, redis)
+        await mirrored.shown(made)
+        await stays_cold(mirrored)
     await mirrored.warm()
 
 
@@ -261,21 +302,42 @@ async def knows_keys(mirrored: MirrorRig, redis: Redis) -> None:
     await eventually(look, what="a mirror that knows the keys")
 
 
-async def test_wiped_mirror_knows_the_keyed_orders_that_left_the_live_window(mirrored: MirrorRig, redis: Redis) -> None:
-    at = now() - timedelta(days=20)
-    old = {"status": OrderStatus.COMPLETED, "created_at": at, "updated_at": at}
-    keyed, other = change(order(items=1, request_hash="ab" * 32, **old)), change(order(items=1, **old))
+AT = now() - timedelta(days=20)
+OLD_ORDER: dict[str, Any] = {"status": OrderStatus.COMPLETED, "created_at": AT, "updated_at": AT}
+
+
+async def stored_and_left(mirrored: MirrorRig) -> tuple[Change, Change]:
+    """Returns an order and a job that were created with a key and have left the live window. PostgreSQL has them."""
     await mirrored.rig.database.execute(
         "insert into restaurants (id, slug, name) values ($1, 'dosa', 'Dosa')", RESTAURANT
     )
-    await commit(mirrored.rig, keyed)
-    await commit(mirrored.rig, other)
+    ordered = change(order(items=1, request_hash="ab" * 32, **OLD_ORDER))
+    job: dict[str, Any] = {"id": new_id(), "restaurant_id": RESTAURANT, "bay_id": new_id(), "title": "Wash"}
+    done = change(BayJob(**job, stage=JobStage.DONE, created_at=AT, updated_at=AT))
+    for one in (ordered, done):
+        await commit(mirrored.rig, one)
+    return ordered, done
+
+
+async def assert_known(mirrored: MirrorRig, *made: Change) -> None:
+    """A repeat of the creation gets no claim, and the mirror has no state."""
+    for one in made:
+        entity, state = registry.read(one)
+        assert await mirrored.document(one) is None, "it is in the live window"
+        again = change(msgspec.structs.replace(state, notes="a repeat"))
+        reply = await mirrored.mirror.claim(entity, again, encode(again), None, None, ask=True)
+        assert reply == HeadMoved(one.head, None)
+
+
+async def test_wiped_mirror_knows_the_keyed_creations_that_left_the_live_window(
+    mirrored: MirrorRig, redis: Redis
+) -> None:
+    made = await stored_and_left(mirrored)
+    await commit(mirrored.rig, change(order(items=1, **OLD_ORDER)))
     await wipe(mirrored, redis)
     await mirrored.warm()
     await knows_keys(mirrored, redis)
-    assert await mirrored.document(keyed) is None, "the order is in the live window"
-    again = change(order(items=1, id=keyed.entity_id, notes="a repeat"))
-    assert await claim(mirrored, again, ask=True) == HeadMoved(keyed.head, None)
+    await assert_known(mirrored, *made)
     assert isinstance(await claim(mirrored, change(order(items=1)), ask=True), Claimed)
 
 

@@ -37,6 +37,14 @@ class MirrorRig:
 
         await eventually(look, what="a warm mirror")
 
+    async def cold(self) -> None:
+        """Waits until the writer has noticed that the mirror is lost."""
+
+        async def look() -> bool:
+            return not self.writer.warm
+
+        await eventually(look, what="a mirror writer that has noticed the loss")
+
     async def document(self, made: Change) -> Document | None:
         _, [found] = await self.mirror.read(made.restaurantid, made.entity, [made.entity_id])
         return found

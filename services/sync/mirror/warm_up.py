@@ -7,7 +7,7 @@ A mirror becomes warm when the following has happened, in this order, after it w
     heartbeats     two heartbeats that were sent then have come through the log and through each lane that takes changes
                    of requests, into PostgreSQL. Whatever was recorded before them has been applied from the log, and is
                    in PostgreSQL, on the retry ladder or dead. Two, because a second consumer of a lane may still hold
-                   older messages
+                   older messages; more if a worker has more consumers (`lane_consumers`)
     dead letters   the states of open dead letters are loaded, because PostgreSQL lacks them, and perhaps the log
     feed           one whole turn of the feed loop, so that the mirror has what PostgreSQL has; the same turn tells all
                    failures
@@ -39,7 +39,6 @@ from shared.entities.contract import BrokenContract, Lane, decode_change, encode
 from shared.messaging.log import LogHeartbeat, Start
 from shared.messaging.position import LogPosition
 from shared.mirror.identity import mirror_identity
-from shared.mirror.known_keys import KeyedOrder
 from shared.mirror.mirror import NOTHING_APPLIED, Apply, Mirror
 from shared.mirror.stored_heads import FeedNote
 from shared.postgres import states
@@ -55,11 +54,11 @@ T = TypeVar("T")
 
 _LANES = (Lane.CRITICAL, Lane.NORMAL)
 """The lanes that must have delivered what was recorded. The background lane has imports, which may wait for long."""
-_HEARTBEATS_PER_LANE = 2
 _UNCONFIRMED_PAUSE_SECONDS = 1.0
 _LOOK_INTERVAL_SECONDS = 0.05
 _KEY_DAYS = 30
 """A repeat of a creation is recognised for this long (scripts/trim.lua keeps keys as long)."""
+_REPLACED = "another mirror has replaced the one that is being filled"
 _FIRST_MIRROR = "select not exists(select from mirror_identities)"
 _REGISTER = "insert into mirror_identities (identity) values ($1) returning id, at"
 
@@ -167,7 +166,7 @@ class WarmUp:
         for start in range(0, len(block), STATES_PER_SCRIPT):
             chunk = block[start : start + STATES_PER_SCRIPT]
             if await self._mirror.apply(chunk, at=NOTHING_APPLIED, server=server) is None:
-                raise Rewind("another mirror has replaced the one that is being filled")
+                raise Rewind(_REPLACED)
 
     # -- from cold to warm -------------------------------------------------------------------------------------
 
@@ -201,7 +200,8 @@ class WarmUp:
 
     async def _send(self) -> bool:
         """Sends heartbeats. Returns False if the broker has not confirmed all of them."""
-        lanes = {str(uuid4()): lane for lane in _LANES for _ in range(_HEARTBEATS_PER_LANE)}
+        per_lane = max(2, self._settings.lane_consumers)
+        lanes = {str(uuid4()): lane for lane in _LANES for _ in range(per_lane)}
         sent = _Heartbeats(set(lanes), set(lanes))
         self._sent.append(sent)  # before the confirm, because the log may deliver them earlier
         confirmed = all(await asyncio.gather(*(self._heartbeats.send_now(lane, id_) for id_, lane in lanes.items())))
@@ -258,28 +258,28 @@ class WarmUp:
     # -- the keys of requests ------------------------------------------------------------------------------------
 
     async def load_keys(self) -> None:
-        """Lets a warm mirror know the keyed orders of the last weeks, if it does not. Until then, a creation with a key
-        looks in PostgreSQL. Raises Rewind, MirrorUnavailable or MirrorInDoubt."""
+        """Lets a warm mirror know what was created with a key in the last weeks, if it does not. Until then, a creation
+        with a key looks in PostgreSQL. Raises Rewind, MirrorUnavailable or MirrorInDoubt."""
         await self._with_postgres(self._load_keys)
 
     async def _load_keys(self) -> None:
         identity = await self._mirror.known_keys.lacking()
         if identity is None:
             return
-        loaded = 0
+        known, loaded = self._mirror.known_keys, 0
+        since = now() - timedelta(days=_KEY_DAYS)
         async with self._postgres.connection() as connection:
-            for restaurant in await list_restaurants(connection):
-                since = now() - timedelta(days=_KEY_DAYS)
-                async with aclosing(states.keyed_orders(connection, restaurant.id, since)) as blocks:
-                    async for block in blocks:
-                        loaded += len(block)
-                        await self._note_keys(identity, block)
-        await self._note_keys(identity, (), last=True)
+            for entity in registry.ENTITIES.values():
+                if entity.keyed is None:
+                    continue
+                async with aclosing(states.keyed_heads(connection, entity, entity.keyed, since)) as blocks:
+                    async for heads in blocks:
+                        loaded += len(heads)
+                        if not await known.load(identity, entity.name, heads):
+                            raise Rewind(_REPLACED)
+        if not await known.complete(identity):
+            raise Rewind(_REPLACED)
         log.info("mirror_knows_keys", loaded=loaded)
-
-    async def _note_keys(self, identity: str, orders: Sequence[KeyedOrder], *, last: bool = False) -> None:
-        if not await self._mirror.known_keys.note(identity, orders, last=last):
-            raise Rewind("another mirror has replaced the one that is being filled")
 
     async def _register(self, server: str) -> tuple[int, datetime]:
         async with self._postgres.connection() as connection:

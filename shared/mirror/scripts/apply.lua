@@ -8,7 +8,7 @@
 --       sends only the states that this mirror lacked
 --       then per state: version, change id, state, index score, accepted at (ms), claims member, how, number,
 --       the stock that an order holds or the count of an inventory item (see stock.lua)
---       how: 'reveal'  the state becomes pending, unless sync_state.lua has already noted its commit
+--       how: 'reveal'  the state becomes pending
 --            'stored'  the state comes from PostgreSQL
 --            'late'    an event of the log, perhaps an old one: if the doc is missing, the script reports the state
 --                      instead of writing it, and the caller compares it with PostgreSQL
@@ -34,7 +34,7 @@ for i = 1, count do
   local k, a = 3 + (i - 1) * 5, 6 + (i - 1) * 9
   local version, change = tonumber(ARGV[a + 1]), ARGV[a + 2]
   local doc = redis.call('HMGET', KEYS[k + 1], 'v', 'c', 'd', 'h')
-  local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h', 'c', 'stored')
+  local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h')
   local head = tonumber(doc[1])
   local how = ARGV[a + 7]
   if not head and how == 'late' then
@@ -56,7 +56,7 @@ for i = 1, count do
       if head then
         redis.call('HDEL', (string.gsub(KEYS[k + 4], ':pending:', ':failed:', 1)), id)
       end
-      if how == 'stored' or (claimed[4] and claimed[3] == change) then
+      if how == 'stored' then
         redis.call('ZREM', KEYS[k + 4], id)
       else
         redis.call('ZADD', KEYS[k + 4], ARGV[a + 4], id)

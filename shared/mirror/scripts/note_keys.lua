@@ -1,6 +1,6 @@
 -- with identity.lua
--- note keys: loads the heads of orders that were created with an Idempotency-Key, without their states, so that a repeated
--- request does not create an order again that has left the live window. trim.lua keeps the same.
+-- note keys: loads the heads of entities that may have been created with an Idempotency-Key, without their states, so that
+-- a repeated request does not create an entity again that has left the live window. trim.lua keeps the same.
 -- KEYS  1 warm stamp  2 ticketrail:keys  then docs
 -- ARGV  1 identity of the mirror that the caller loads  2 whether it has all of them with this call (0/1)
 --       then per doc: version, change id
