@@ -24,7 +24,19 @@ from benchmarks.report import fill_in, terminal_table
 from benchmarks.results import RESULTS, merged, read_rows, write_rows
 from benchmarks.rig import BenchmarkRig
 
-QUESTIONS = ("accept", "unavailable", "tracing", "end_to_end", "read", "large", "drain", "importing", "push", "start")
+QUESTIONS = (
+    "accept",
+    "unavailable",
+    "tracing",
+    "end_to_end",
+    "read",
+    "large",
+    "warm_up",
+    "drain",
+    "importing",
+    "push",
+    "start",
+)
 _PIPE_COLUMNS = 150
 """Width of the tables when the output is not a terminal."""
 

@@ -19,6 +19,13 @@ from tests.rigs.rail.sinks import NoPostgres, PostgresTables
 from tests.rigs.servers import Redis, Servers
 from tests.rigs.system import eventually
 
+_RESTORE = """
+redis.call('FLUSHALL')
+for i, key in ipairs(KEYS) do
+  redis.call('RESTORE', key, 0, ARGV[i])
+end
+"""
+
 
 @pytest.fixture(scope="module")
 def redis(servers: Servers) -> Redis:
@@ -124,9 +131,9 @@ async def test_old_copy_that_is_restored_into_the_running_server_makes_the_mirro
     lost = change(order(items=1))
     await mirrored.rig.publish(lost)
     await mirrored.shown(lost)
-    await redis.command("FLUSHALL")
-    for key, value in copy:
-        await redis.command("RESTORE", key, 0, value)
+    # In one step, because the writer may look in between.
+    names, values = zip(*copy, strict=True)
+    await redis.command("EVAL", _RESTORE, len(names), *names, *values)
 
     async def filled() -> bytes | None:
         found: bytes | None = await redis.command("HGET", keys.WARM, "identity")

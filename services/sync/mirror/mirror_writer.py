@@ -14,7 +14,7 @@ Order: changes are applied in the order of the log.
 
 Warm: warm_up.py says when a mirror becomes warm, so that it takes claims. PostgreSQL gives it a new identity then.
 
-The requests have revealed most changes already. Therefore the writer first asks a warm mirror which changes it lacks. A
+The requests have revealed most changes already. Therefore the writer first asks the mirror which changes it lacks. A
 change that the mirror has in the same version or a later one is neither decoded nor sent. The answer is valid only for
 this mirror: if another mirror has replaced it, the writer rewinds.
 
@@ -322,10 +322,7 @@ class MirrorWriter:
         return found
 
     async def _missing(self, found: list[_Logged]) -> list[_Logged]:
-        """Returns the changes that a warm mirror lacks, and those that cannot be read. For a cold mirror, returns
-        all."""
-        if not self.warm:
-            return found
+        """Returns the changes that the mirror lacks, and those that cannot be read."""
         known = [(place, change.outline) for place, change in enumerate(found) if change.outline is not None]
         has = {place for place, _ in known}
         for start in range(0, len(known), STATES_PER_SCRIPT):
