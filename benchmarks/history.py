@@ -76,6 +76,11 @@ class History(Struct, frozen=True):
     def orders_per_restaurant(self) -> int:
         return self.orders // self.restaurants
 
+    @property
+    def counted_at(self) -> datetime:
+        """The time of the count of the stock, which already includes everything that was sold before it."""
+        return self.until - timedelta(days=_STOCK_COUNTED_DAYS)
+
     def make_restaurants(self) -> list[PastRestaurant]:
         return [self._restaurant(number) for number in range(self.restaurants)]
 
@@ -226,9 +231,9 @@ async def _write_references(connection: Any, history: History, restaurants: Sequ
             for place, id_ in enumerate(restaurant.table_ids)
         ]
         states += [(customer.ENTITY, Customer(id=id_, name="Ada", **common)) for id_ in restaurant.customer_ids]
-        # The count already includes everything that was sold before it.
-        counted = history.until - timedelta(days=_STOCK_COUNTED_DAYS)
-        stock = InventoryItem(id=restaurant.stock_id, name="Dough", quantity=10**6, counted_at=counted, **common)
+        stock = InventoryItem(
+            id=restaurant.stock_id, name="Dough", quantity=10**6, counted_at=history.counted_at, **common
+        )
         states.append((inventory_item.ENTITY, stock))
         await write_batch(
             connection,

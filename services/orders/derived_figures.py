@@ -47,7 +47,7 @@ group by customer_id
 # Leaves out the moves that the states of the customers contain. The caller adds those itself, because PostgreSQL may
 # lack the latest ones.
 _POINTS = """
-select m.customer_id::text, sum(m.points)::int8 as points
+select m.customer_id::text, sum(m.points)::int8 as points, array_agg(m.id::text) as ids
 from loyalty_moves m
 where m.restaurant_id = $1 and m.customer_id = any($2::uuid[]) and not exists (
     select from unnest($3::uuid[], $4::uuid[]) as known (customer_id, id)
@@ -63,6 +63,14 @@ class OrderAtTable(Struct, frozen=True):
     status: OrderStatus
     total: int
     created_at: datetime
+
+
+class _Totals(Struct, frozen=True):
+    loyalty_points: int
+    total_spent: int
+    visits: int
+    counted: frozenset[str]
+    """The ids of the moves that `loyalty_points` contains."""
 
 
 class DerivedFigures:
@@ -129,22 +137,42 @@ class DerivedFigures:
     async def totals(self, restaurant: Restaurant, customers: list[Customer]) -> list[dict[str, Any]]:
         """Returns `loyalty_points`, `total_spent` (minor units) and `visits` of each customer, or None while PostgreSQL
         is unavailable. Payments count once PostgreSQL has them, loyalty moves count at once."""
+        try:
+            found = await self._totals(restaurant, customers)
+        except UNAVAILABLE:
+            return [{"loyalty_points": None, "total_spent": None, "visits": None} for _ in customers]
+        return [
+            {"loyalty_points": one.loyalty_points, "total_spent": one.total_spent, "visits": one.visits}
+            for one in found
+        ]
+
+    async def points(self, restaurant: Restaurant, customer: Customer) -> tuple[int, frozenset[str]] | None:
+        """Returns (loyalty points, ids of the moves that they contain), or None while PostgreSQL is unavailable. The
+        points may contain moves that are newer than the state."""
+        try:
+            (found,) = await self._totals(restaurant, [customer])
+        except UNAVAILABLE:
+            return None
+        return found.loyalty_points, found.counted
+
+    async def _totals(self, restaurant: Restaurant, customers: list[Customer]) -> list[_Totals]:
+        """Raises one of UNAVAILABLE."""
         ids = [one.id for one in customers]
         known_moves = [(one.id, move.id) for one in customers for move in one.loyalty_moves]
         known = [customer for customer, _ in known_moves], [move for _, move in known_moves]
-        try:
-            async with self._postgres.tenant(restaurant.id) as connection:
-                paid = {row["customer_id"]: row for row in await connection.fetch(_TOTALS, restaurant.id, ids)}
-                rows = await connection.fetch(_POINTS, restaurant.id, ids, *known)
-        except UNAVAILABLE:
-            return [{"loyalty_points": None, "total_spent": None, "visits": None} for _ in ids]
-        moved = {row["customer_id"]: row["points"] for row in rows}
+        async with self._postgres.tenant(restaurant.id) as connection:
+            paid = {row["customer_id"]: row for row in await connection.fetch(_TOTALS, restaurant.id, ids)}
+            moved = {row["customer_id"]: row for row in await connection.fetch(_POINTS, restaurant.id, ids, *known)}
         found = []
         for one in customers:
             spent, visits = (paid[one.id]["spent"], paid[one.id]["visits"]) if one.id in paid else (0, 0)
-            points = spent // restaurant.settings.minor_units_per_point + moved.get(one.id, 0)
+            points = spent // restaurant.settings.minor_units_per_point
             points += sum(move.points for move in one.loyalty_moves)
-            found.append({"loyalty_points": points, "total_spent": spent, "visits": visits})
+            counted = frozenset(move.id for move in one.loyalty_moves)
+            if one.id in moved:
+                points += moved[one.id]["points"]
+                counted |= frozenset(moved[one.id]["ids"])
+            found.append(_Totals(points, spent, visits, counted))
         return found
 
     async def move(self, facts: Facts, type_: type[T], restaurant: str, parent: str, id_: str) -> T | None:
@@ -162,20 +190,27 @@ class DerivedFigures:
         return None if row is None else type_(**row)
 
     async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:
-        """Returns `available`, `held` and `low` (at or below `low_at`) of each item, or None while unknown. The figures
-        of the mirror are exact. Without the mirror they come from PostgreSQL and are late by the sync lag."""
-        stock: dict[str, tuple[int, int] | None] = dict.fromkeys(one.id for one in items)
+        """Returns `available`, `held` and `low` (at or below `low_at`) of each item, or None while unknown. What the
+        mirror says is held is exact. Without the mirror it comes from PostgreSQL and is late by the sync lag."""
+        held: dict[str, int] = {}
         with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):
-            stock = dict(zip(stock, await self._mirror.stock(restaurant, list(stock)), strict=True))
-        if unknown := [one for one in items if stock[one.id] is None]:
+            stock = await self._mirror.stock(restaurant, [one.id for one in items])
+            # An item that was counted again after its state was read now has other holds.
+            held = {
+                one.id: known.held
+                for one, known in zip(items, stock, strict=True)
+                if known is not None and known.counted_at == one.counted_at
+            }
+        if unknown := {one.id: one.counted_at for one in items if one.id not in held}:
             with contextlib.suppress(*UNAVAILABLE):
                 async with self._postgres.tenant(restaurant) as connection:
-                    held = await states.held(connection, restaurant, [one.id for one in unknown])
-                stock |= {one.id: (one.quantity, held.get(one.id, 0)) for one in unknown}
+                    stored = await states.held(connection, restaurant, unknown)
+                held |= {id_: stored.get(id_, 0) for id_ in unknown}
         found = []
         for one in items:
-            counted, taken = stock[one.id] or (None, None)
-            left = None if counted is None or taken is None else counted - taken
+            taken = held.get(one.id)
+            # A move may come between the read of the state and the read of the holds, so the state's quantity counts.
+            left = None if taken is None else one.quantity - taken
             low = None if left is None else one.low_at is not None and left <= one.low_at
             found.append({"available": left, "held": taken, "low": low})
         return found

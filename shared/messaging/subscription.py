@@ -132,13 +132,14 @@ class Subscription:
         return declared.declaration_result.consumer_count or 0
 
     async def pause(self) -> None:
-        """Asks the broker to deliver nothing more. What is on its way still reaches `on_message`; `end` and `close`
-        give it back. Takes at most ten seconds."""
-        # The reply follows all messages that are on their way. aiormq closes the channel of a cancelled call, and its
-        # messages could no longer be acknowledged, so these calls are left to end by themselves.
-        calls = {
-            asyncio.ensure_future(channel.basic_cancel(consumer)) for channel, consumer in self._consumers.values()
-        }
+        """Asks the broker to deliver nothing more. What is on its way still reaches `on_message`, except for a message
+        that a quorum queue sends at this moment: it may come after the reply, and aiormq drops it. `end` and `close`
+        give it back. None is on its way while the consumer has as many messages as its prefetch allows. Takes at most
+        ten seconds. May be called twice."""
+        consumers, self._consumers = self._consumers, {}
+        # aiormq closes the channel of a cancelled call, and its messages could no longer be acknowledged, so these
+        # calls are left to end by themselves.
+        calls = {asyncio.ensure_future(channel.basic_cancel(consumer)) for channel, consumer in consumers.values()}
         for call in calls:
             _ending.add(call)
             call.add_done_callback(_ended)

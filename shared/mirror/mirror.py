@@ -13,14 +13,14 @@ from msgspec import Struct
 
 from shared.entities import registry
 from shared.entities.contract import Change, Head, Lane, Outline
-from shared.entities.entity import Entity, Hold
+from shared.entities.entity import Entity, Hold, at_micros
 from shared.messaging.position import LogPosition
 from shared.mirror import keys
 from shared.mirror.claim_replies import ClaimReply, Stale, claim_reply, stale
 from shared.mirror.connection import MirrorConnection
 from shared.mirror.identity import MirrorIdentity, countable
 from shared.mirror.known_keys import KnownKeys
-from shared.mirror.stock_texts import hold_text, stock_text
+from shared.mirror.stock_texts import Stock, hold_text, stock_text
 from shared.mirror.stored_heads import FailedState, FeedNote, StoredHead
 
 
@@ -353,13 +353,17 @@ class Mirror:
 
     # -- stock and limits --------------------------------------------------------------------------------------
 
-    async def stock(self, restaurant: str, items: Sequence[str]) -> list[tuple[int, int] | None]:
-        """Returns (count, amount that orders hold) of each inventory item. The pair is None for an item that the mirror
-        does not count, and for every item if the mirror is cold."""
+    async def stock(self, restaurant: str, items: Sequence[str]) -> list[Stock | None]:
+        """Returns the stock of each inventory item: None for an item that the mirror does not count, and for every item
+        if the mirror is cold."""
+        fields = ("count", "sum", "since")
         warm, *found = await asyncio.gather(
-            self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), "count", "sum") for item in items)
+            self.is_warm(), *(self._redis.call("HMGET", keys.stock(restaurant, item), *fields) for item in items)
         )
-        return [None if count is None or not warm else (int(count), int(held or 0)) for count, held in found]
+        return [
+            None if count is None or not warm else Stock(int(count), int(held or 0), at_micros(int(since)))
+            for count, held, since in found
+        ]
 
     async def hold(self, orders: Sequence[tuple[str, str, Sequence[Hold]]]) -> None:
         """Sets the holds of orders, given as (restaurant, order, holds). Skips orders in the live window."""

@@ -1,10 +1,20 @@
-"""Writes the stock of a state as text for scripts/stock.lua, which describes the texts."""
+"""The stock in the mirror, and the stock of a state as text for scripts/stock.lua, which describes the texts."""
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.entities.entity import Entity, Hold, micros
+
+
+class Stock(NamedTuple):
+    """The stock of an inventory item."""
+
+    quantity: int
+    """The counted amount, and the moves since."""
+    held: int
+    """The amount that orders hold since the count."""
+    counted_at: datetime
 
 
 def hold_text(holds: Sequence[Hold], known: frozenset[tuple[str, datetime]] | None = None) -> str:

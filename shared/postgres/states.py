@@ -5,7 +5,7 @@ Only the sync worker writes states (services/sync/writer/upsert.py). A connectio
 of its transaction.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -199,7 +199,6 @@ async def list_page(
 # Deleted items are included, because they can be restored with the count that they had. The holds come first, so that
 # PostgreSQL reads no order whose hold is older than the last count.
 _HELD_SINCE = """
-from inventory_items i
 cross join lateral (
     select order_id, quantity, held_at from order_holds
     where restaurant_id = i.restaurant_id and inventory_item_id = i.id and held_at >= i.counted_at offset 0
@@ -211,9 +210,9 @@ cross join lateral (
 """
 _HOLDS = f"""
 select i.restaurant_id::text, h.order_id::text, array_agg(i.id::text), array_agg(h.quantity), array_agg(h.held_at)
-{_HELD_SINCE}
+from inventory_items i {_HELD_SINCE}
 group by i.restaurant_id, h.order_id
-"""
+"""  # noqa: S608
 
 
 async def holds(connection: Connection) -> AsyncGenerator[list[tuple[str, str, list[Hold]]], None]:
@@ -227,13 +226,16 @@ async def holds(connection: Connection) -> AsyncGenerator[list[tuple[str, str, l
 
 _HELD = f"""
 select i.id::text, sum(h.quantity)::int8
+from (
+    select $1::uuid as restaurant_id, given.* from unnest($2::uuid[], $3::timestamptz[]) as given (id, counted_at)
+) i
 {_HELD_SINCE}
-where i.restaurant_id = $1 and i.id = any($2::uuid[])
 group by i.id
-"""
+"""  # noqa: S608
 
 
-async def held(connection: Connection, restaurant: str, items: Sequence[str]) -> dict[str, int]:
-    """Returns a map from inventory item id to the amount that orders in PostgreSQL hold. Items without holds are left
-    out."""
-    return {row[0]: row[1] for row in await connection.fetch(_HELD, restaurant, list(items))}
+async def held(connection: Connection, restaurant: str, counted: Mapping[str, datetime]) -> dict[str, int]:
+    """`counted`: inventory item id -> the time of its count. Returns a map from inventory item id to the amount that
+    orders in PostgreSQL hold since then. Items without holds are left out."""
+    rows = await connection.fetch(_HELD, restaurant, list(counted), list(counted.values()))
+    return {row[0]: row[1] for row in rows}

@@ -2,14 +2,21 @@
 
 import asyncio
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
 import pytest
 
+from services.orders.derived_figures import DerivedFigures
+from services.orders.entity_reads import EntityReads
 from services.orders.resources import e164
+from shared.entities.customer import ENTITY as CUSTOMER
 from shared.errors import InvalidInput
+from shared.mirror.mirror import Mirror
+from shared.postgres.pool import Postgres
+from shared.restaurants import Restaurant
+from shared.settings import Settings
 from tests.rigs.recorded_changes import recorded
 from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
@@ -224,6 +231,26 @@ async def test_moves_of_points_count_once_and_are_visible_at_once(restaurant: Re
         )
     assert found is not None
     assert tuple(found) == (16, 40)
+
+
+async def test_move_that_postgres_has_before_the_state_was_read_again_counts_once(restaurant: RestaurantRig) -> None:
+    async with restaurant.client() as staff:
+        ada = await customer(staff)
+        for points in (20, -3):
+            expect(await staff.post(f"{ada}/loyalty", json={"points": points}))
+        await synced(staff, ada)
+        _, before, after = [CUSTOMER.decode(one) for one in await recorded(restaurant, id_of(ada), 3)]
+        unavailable = Mirror("redis://127.0.0.1:1/0", timeout=0.2, stale_seconds=60)
+        postgres = Postgres(
+            restaurant.system.database_url("ticketrail_api"), Settings(_env_file=None, database_timeout_seconds=15.0)
+        )
+        figures = DerivedFigures(cast(EntityReads, None), postgres, unavailable)
+        of = Restaurant(id=restaurant.id, slug="a", name="A")
+        expected = (17, frozenset(move.id for move in after.loyalty_moves))
+        for state in (before, after):
+            assert await figures.points(of, state) == expected
+        await postgres.close()
+        await unavailable.close()
 
 
 async def test_concurrent_redemptions_never_exceed_the_points(restaurant: RestaurantRig) -> None:

@@ -96,11 +96,7 @@ async def test_good_changes_among_bad_ones_are_all_written(kept: Rig) -> None:
     assert {one.body for one in dead_letters} == {message(one) for one in bad}
     assert len({one.fingerprint for one in dead_letters}) == 1
     await kept.all_acknowledged()
-
-    async def counted() -> float:  # the metric is updated a moment after the rows
-        return kept.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}')
-
-    await eventually(counted, what="all dead letters in the metric", until=lambda count: count == 400)
+    await kept.metric_becomes('ticketrail_dead_letters_kept_total{reason="negative_amount"}', 400)
 
 
 async def test_refused_dead_letters_go_through_the_dead_queue_and_their_batch_is_written(kept: Rig) -> None:
@@ -260,11 +256,7 @@ async def test_dead_letter_that_is_delivered_twice_counts_one_death(make_rig: Ma
         await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), dead.body, headers=headers)
     await rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"the last one")
     rig.collector.start()
-
-    async def counted() -> float:  # the metric is updated a moment after the row; earlier rows are counted by then
-        return rig.counted('ticketrail_dead_letters_kept_total{reason="delivery_limit"}')
-
-    await eventually(counted, what="the last dead letter in the metric", until=lambda count: count == 1)
+    await rig.metric_becomes('ticketrail_dead_letters_kept_total{reason="delivery_limit"}', 1)
     [dead_letter] = await rig.dead_letters(1, reason="negative_amount")
     assert (dead_letter.deaths, dead_letter.revision, len(dead_letter.attempts)) == (1, 1, 1)
     assert rig.counted('ticketrail_dead_letters_kept_total{reason="negative_amount"}') == 1

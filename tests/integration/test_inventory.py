@@ -363,6 +363,32 @@ async def test_stock_comes_from_postgres_without_the_mirror_and_is_unknown_witho
     await unavailable.close()
 
 
+async def test_figures_of_a_state_that_has_changed_since_it_was_read_agree(restaurant: RestaurantRig) -> None:
+    dough = await stock(restaurant, 5)
+    async with restaurant.client() as staff:
+        await place(staff, (await dish(restaurant, (dough, 1)), 2))
+        expect(await staff.post(f"{dough}/moves", json={"quantity": 200}))
+        assert await stored(restaurant, dough) == 203
+        first, moved = [ITEM.decode(one) for one in await recorded(restaurant, id_of(dough), 2)]
+        mirror = Mirror(restaurant.system.redis.url, timeout=5.0, stale_seconds=60)
+        postgres = Postgres(
+            restaurant.system.database_url("ticketrail_api"), Settings(_env_file=None, database_timeout_seconds=15.0)
+        )
+        figures = DerivedFigures(cast(EntityReads, None), postgres, mirror)
+        for item, available in ((first, 3), (moved, 203)):
+            assert await figures.available(restaurant.id, [item]) == [{"available": available, "held": 2, "low": False}]
+        # The recount is after the order, so only the older state still has its holds.
+        expect(await staff.put(dough, json={"quantity": 7}))
+        assert await stored(restaurant, dough) == 7
+        recounted = ITEM.decode((await recorded(restaurant, id_of(dough), 3))[-1])
+        for item, available, held in ((moved, 203, 2), (recounted, 7, 0)):
+            assert await figures.available(restaurant.id, [item]) == [
+                {"available": available, "held": held, "low": False}
+            ]
+        await postgres.close()
+        await mirror.close()
+
+
 # -- random operations -------------------------------------------------------------------------------------------
 
 

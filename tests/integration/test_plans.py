@@ -132,7 +132,9 @@ async def totals_of_customers(database: Database) -> Any:
 
 async def held_stock(database: Database) -> Any:
     async with database.api.tenant(database.restaurant.id) as connection:
-        return await states.held(connection, database.restaurant.id, [database.restaurant.stock_id])
+        return await states.held(
+            connection, database.restaurant.id, {database.restaurant.stock_id: database.history.counted_at}
+        )
 
 
 async def status_of_sync(database: Database) -> Any:

@@ -142,7 +142,7 @@ async def test_poison_is_dead_lettered_unchanged_with_its_reason(rig: Rig, event
     await rig.publish(event)
     [dead] = await rig.dead_letters(1)
     assert (dead.body, dead.headers["ticketrail-reason"]) == (b"[" + event + b"]", reason)
-    assert rig.counted(f'ticketrail_dead_total{{reason="{reason}"}}') == 1
+    await rig.metric_becomes(f'ticketrail_dead_total{{reason="{reason}"}}', 1)
     assert await rig.count("changes") == 0
 
 

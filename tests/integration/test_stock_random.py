@@ -20,6 +20,7 @@ from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Order, OrderItem, OrderStatus, held_again, next_hold_at
 from shared.mirror.claim_replies import Claimed, HeadMoved, Restamp, Stale, StockShort
 from shared.mirror.mirror import NOTHING_APPLIED
+from shared.mirror.stock_texts import Stock
 from shared.postgres import states
 from tests.rigs import builders
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -232,7 +233,7 @@ class RandomStock(StockRig):
         """Asserts that the stock in the mirror follows from the heads of all items and orders."""
         for id_, (item, held) in self.expected().items():
             found = await self.mirror.stock(self.restaurant, [id_])
-            assert found == [None if item.deleted_at else (item.quantity, held)]
+            assert found == [None if item.deleted_at else Stock(item.quantity, held, item.counted_at)]
             assert not [holder for holder in await self.holds(id_) if holder.endswith("+")]
 
     async def finish_and_check(self) -> None:
@@ -243,7 +244,9 @@ class RandomStock(StockRig):
         await self.tables.take(self.recorded())
         expected = self.expected()
         async with self.pool.connection() as connection:
-            held = await states.held(connection, self.restaurant, list(expected))
+            held = await states.held(
+                connection, self.restaurant, {id_: item.counted_at for id_, (item, _) in expected.items()}
+            )
         assert {id_: held.get(id_, 0) for id_ in expected} == {id_: held for id_, (_, held) in expected.items()}
 
 

@@ -143,6 +143,14 @@ class Rig:
         lines = [line for line in self.metrics.text().decode().splitlines() if line.startswith(f"{metric} ")]
         return float(lines[0].rpartition(" ")[2]) if lines else 0.0
 
+    async def metric_becomes(self, metric: str, value: float) -> None:
+        """Waits until a metric has this value. A metric is updated a moment after the rows that it counts."""
+
+        async def look() -> float:
+            return self.counted(metric)
+
+        await eventually(look, what=f"{value} in {metric}", until=lambda found: found == value)
+
     def held(self) -> int:
         return sum(self.writer.state()["held_messages"].values())
 

@@ -128,11 +128,11 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
     points, counted = 0, frozenset[str]()
     if requested.points < 0:
         before = await context.figures.current_state(customer.ENTITY, tenant, id_)
-        counted = frozenset(move.id for move in before.loyalty_moves)
-        found = (await context.figures.totals(restaurant, [before]))[0]["loyalty_points"]
-        if found is None and fact.id not in counted:
+        found = await context.figures.points(restaurant, before)
+        if found is not None:
+            points, counted = found
+        elif all(move.id != fact.id for move in before.loyalty_moves):
             raise Unavailable("redeeming points needs the database, which is unavailable", retry_after=2.0)
-        points = found or 0
 
     def apply(one: Customer, move: LoyaltyMove, at: datetime) -> Customer:
         # The second of two concurrent redemptions sees the move of the first one here.

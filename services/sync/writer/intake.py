@@ -155,8 +155,12 @@ class Intake:
             self._change_prefetch()
 
     def _change_prefetch(self) -> None:
-        if self._subscribed and not self._ending:
+        if self._subscribed:
             self._subscribed = False  # `_lost` must not subscribe as well
+            self._replace_subscription()
+
+    def _replace_subscription(self) -> None:
+        if not self._ending:
             self._reopening = vital_task(self._subscribe_again(), name=f"lane-{self.lane}-prefetch")
 
     async def _subscribe_again(self) -> None:
@@ -206,6 +210,27 @@ class Intake:
 
     async def settle(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledges the messages. Messages of a closed channel are delivered again, which is harmless."""
+        changed = self._subscription if self._subscribed and self._note_settled(deliveries) else None
+        if changed is not None:
+            # Before the acknowledgements, because they let the broker deliver more. A message that a quorum queue sends
+            # while the consumer is cancelled may come after the reply, and would be given back.
+            self._subscribed = False  # `_lost` must not subscribe as well
+            await changed.pause()
+        await self._acknowledge(deliveries)
+        for delivery in deliveries:
+            self.held_bytes -= self._held.pop(delivery, 0)
+        self._settled.set()
+        if changed is not None and changed is self._subscription:
+            self._replace_subscription()
+
+    def _note_settled(self, deliveries: Sequence[Delivery]) -> bool:
+        """Returns whether the lane now allows another prefetch than the current one."""
+        if self._starting and deliveries:
+            self._allowed.first(max(len(delivery.body) for delivery in deliveries))
+            self._starting = False
+        return not self._starting and self.prefetch != self._allowed.present
+
+    async def _acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         by_channel: dict[AbstractChannel, list[int]] = {}
         for delivery in deliveries:
             by_channel.setdefault(delivery.channel, []).append(delivery.tag)
@@ -219,15 +244,6 @@ class Intake:
                     await channel.basic_ack(tag)
             except (ChannelInvalidStateError, *BROKEN_LINK) as error:
                 log.warning("not_acknowledged", lane=self.lane, messages=len(tags), error=describe(error))
-        for delivery in deliveries:
-            self.held_bytes -= self._held.pop(delivery, 0)
-        self._settled.set()
-        if self._subscribed:
-            if self._starting and deliveries:
-                self._allowed.first(max(len(delivery.body) for delivery in deliveries))
-                self._starting = False
-            if not self._starting and self.prefetch != self._allowed.present:
-                self._change_prefetch()
 
     async def end(self) -> None:
         """Stops deliveries. `take` still returns the messages that have already arrived. May be called twice, or before
