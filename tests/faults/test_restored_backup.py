@@ -15,6 +15,9 @@ from tests.rigs.system import eventually
 
 pytestmark = pytest.mark.timeout(300)
 
+_REPEAT_SECONDS = 0.2
+_LOWER_REPLIES = 25
+
 
 async def without_services(outage: Outage, *statements: str) -> None:
     """Runs SQL while no service is connected. The services see PostgreSQL as unavailable for a moment."""
@@ -82,16 +85,20 @@ class VersionWatcher:
             await asyncio.gather(*self._suspicions.values())
 
     async def _confirm(self, client: httpx.AsyncClient, order: str, went_down: str) -> None:
-        """Records a lower version only if it persists: when the mirror does not answer within half a second, PostgreSQL
-        answers instead, and it may be behind until it is restored."""
-        for _ in range(5):
-            await asyncio.sleep(0.2)
+        """Records a lower version only if replies of five seconds show it: while the mirror does not answer in time,
+        and for a pause after that, PostgreSQL answers instead, and it is behind until the ledger has caught up."""
+        lower = 0
+        while lower < _LOWER_REPLIES and not self._stopping:
+            await asyncio.sleep(_REPEAT_SECONDS)
             seen = await self._went_down(client, order)
             if seen == "":
-                del self._suspicions[client, order]
-                return
-            went_down = seen or went_down
-        self.down.append(went_down)
+                break
+            if seen is not None:  # no reply says nothing about the version
+                lower, went_down = lower + 1, seen
+        if lower == _LOWER_REPLIES:
+            self.down.append(went_down)
+        else:
+            del self._suspicions[client, order]
 
     async def _went_down(self, client: httpx.AsyncClient, order: str) -> str | None:
         """Describes the lower version. Returns "" if the version did not go down, and None if no reply came."""
