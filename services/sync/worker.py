@@ -18,7 +18,7 @@ from msgspec import Struct
 from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.dead_letters.replay_worker import Replays
 from services.sync.heartbeat import HEARTBEAT_PATHS, HeartbeatMonitor, HeartbeatSender
-from services.sync.ledger.ledger_loop import LedgerLoop
+from services.sync.ledger.ledger_loop import OPEN_PLACES, LedgerLoop
 from services.sync.maintenance.cleanup import Cleanup
 from services.sync.maintenance.reconciler import Reconciler
 from services.sync.mirror.feed_loop import FeedLoop
@@ -134,10 +134,17 @@ def _watch(parts: WorkerParts) -> None:
     watch("ticketrail_mirror_warm", lambda: parts.mirror_writer.warm)
     watch("ticketrail_feed_stalled_seconds", lambda: parts.feed_loop.stalled_seconds)
     watch("ticketrail_claims_unfinished", lambda: parts.rail_parts.rail.claim_finisher.unfinished)
-    ledger = parts.ledger_loop.totals
-    watch("ticketrail_ledger_resent", lambda: ledger.resent)
-    watch("ticketrail_ledger_republished", lambda: ledger.republished)
-    watch("ticketrail_ledger_unexplained", lambda: len(ledger.unexplained))
+    ledger = parts.ledger_loop
+    watch("ticketrail_ledger_age_seconds", lambda: ledger.age_seconds)
+    parts.metrics.watch_each(
+        "ticketrail_ledger_open",
+        "place",
+        {place: lambda place=place: ledger.totals.open.get(place, 0) for place in OPEN_PLACES},  # type: ignore[misc]
+    )
+    watch("ticketrail_ledger_resent", lambda: ledger.totals.resent)
+    watch("ticketrail_ledger_republished", lambda: ledger.totals.republished)
+    watch("ticketrail_ledger_unexplained", lambda: len(ledger.totals.unexplained))
+    watch("ticketrail_ledger_expired_ranges", lambda: len(ledger.totals.expired))
     watch_pool(parts.metrics, parts.postgres)
 
 

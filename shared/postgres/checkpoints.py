@@ -4,7 +4,8 @@ few seconds (services/sync/ledger/ledger_loop.py); a reader that has lost its po
 A checkpoint holds as long as the log proves its `log_at`, because a log loses only its end.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from msgspec import Struct
@@ -16,15 +17,20 @@ from shared.postgres.pool import Connection
 BEFORE_LOG = LogPosition(-1, 0)
 """The position before the first entry of a log."""
 
-_COLUMNS = "id::text, log_low, log_low_crc, log_at, log_at_crc, feed_xid, feed_seq"
+_COLUMNS = (
+    "id::text, log_low, log_low_crc, log_at, log_at_crc, feed_xid, feed_seq, counts::text, at,"
+    " extract(epoch from now() - at)::float8 as age_seconds"
+)
 _LAST = f"select {_COLUMNS} from checkpoints order by xid desc limit 1"  # noqa: S608  (the columns above)
+_FIRST_AFTER = f"select {_COLUMNS} from checkpoints where log_low >= $1 order by xid limit 1"  # noqa: S608
 # The newest ones, and of the older ones one for each minute.
 _CANDIDATES = f"""
-(select {_COLUMNS}, xid from checkpoints order by xid desc limit 3)
-union
-(select distinct on (date_trunc('minute', at)) {_COLUMNS}, xid from checkpoints order by date_trunc('minute', at) desc,
-xid limit $1)
-order by xid desc
+select {_COLUMNS} from checkpoints where xid in (
+    (select xid from checkpoints where $2::timestamptz is null or at <= $2 order by xid desc limit 3)
+    union
+    (select distinct on (date_trunc('minute', at)) xid from checkpoints where $2::timestamptz is null or at <= $2
+    order by date_trunc('minute', at) desc, xid limit $1)
+) order by xid desc
 """  # noqa: S608  (the columns above)
 _APPEND = """
 insert into checkpoints (log_low, log_low_crc, log_at, log_at_crc, feed_xid, feed_seq, counts)
@@ -49,7 +55,12 @@ class Checkpoint(Struct, frozen=True):
     """The last log entry that was read."""
     feed_xid: int
     feed_seq: int
-    """Changes up to (feed_xid, feed_seq) are in the log up to `log_at`."""
+    """Changes up to (feed_xid, feed_seq) are in the log up to `log_at`; none of the later ones is before `log_low`."""
+    counts: str = "{}"
+    """What the leader had found and repaired, as JSON."""
+    at: datetime | None = None
+    age_seconds: float = 0.0
+    """When it was read, on the clock of PostgreSQL."""
 
 
 async def last_checkpoint(connection: Connection) -> Checkpoint | None:
@@ -57,9 +68,18 @@ async def last_checkpoint(connection: Connection) -> Checkpoint | None:
     return None if row is None else _checkpoint(row)
 
 
-async def list_checkpoints(connection: Connection, *, limit: int = 20) -> list[Checkpoint]:
-    """Returns checkpoints to try, newest first: the newest ones, and about `limit` older ones."""
-    return [_checkpoint(row) for row in await connection.fetch(_CANDIDATES, limit)]
+async def list_checkpoints(
+    connection: Connection, *, limit: int = 20, until: datetime | None = None
+) -> list[Checkpoint]:
+    """Returns checkpoints to try, newest first: the newest ones, and about `limit` older ones. `until`: leaves out
+    those that were written later."""
+    return [_checkpoint(row) for row in await connection.fetch(_CANDIDATES, limit, until)]
+
+
+async def first_checkpoint(connection: Connection, offset: int) -> Checkpoint | None:
+    """Returns the oldest checkpoint whose `log_low` is at this offset or later."""
+    row = await connection.fetchrow(_FIRST_AFTER, offset)
+    return None if row is None else _checkpoint(row)
 
 
 async def append_checkpoint(
@@ -69,11 +89,11 @@ async def append_checkpoint(
     log_low: LogPosition,
     log_at: LogPosition,
     feed: tuple[int, int],
-    counts: Mapping[str, int],
+    counts: Any,
 ) -> str | None:
     """Writes a checkpoint that follows `after`, the last one of the writer. Returns its id, or None if another one is
     the last: another leader has written it, or PostgreSQL has lost the one of the writer. `connection`: holds the lock
-    of the leader."""
+    of the leader. `counts`: encoded as JSON."""
     found: str | None = await connection.fetchval(
         _APPEND, after, *log_low, *log_at, str(feed[0]), feed[1], encode(counts).decode()
     )
@@ -98,4 +118,7 @@ def _checkpoint(row: Any) -> Checkpoint:
         LogPosition(row["log_at"], row["log_at_crc"]),
         row["feed_xid"],
         row["feed_seq"],
+        row["counts"],
+        row["at"],
+        row["age_seconds"],
     )

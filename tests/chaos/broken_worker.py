@@ -1,14 +1,18 @@
-"""A sync worker that acknowledges each message when it takes it, before it commits the changes.
+"""A sync worker that acknowledges each message when it takes it, before it commits the changes. Its ledger repairs
+nothing.
 
 A kill makes it lose changes, and the proof must report them. `python -m tests.chaos.broken_worker` runs it in place of
 the real worker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from litestar import Litestar
 
 from services.sync import worker
+from services.sync.ledger import ledger_loop
+from services.sync.ledger.repairs import Repairs
+from services.sync.ledger.sides import LogOnly
 from services.sync.writer import postgres_writer
 from services.sync.writer.intake import Intake
 from shared.http.server import serve
@@ -26,7 +30,13 @@ class AcknowledgesTooEarly(Intake):
         """Does nothing: `take` has acknowledged them already."""
 
 
+class RepairsNothing(Repairs):
+    async def resend(self, wanted: Mapping[str, LogOnly]) -> list[str]:
+        return []
+
+
 def create() -> Litestar:
+    ledger_loop.Repairs = RepairsNothing  # type: ignore[attr-defined]
     postgres_writer.Intake = AcknowledgesTooEarly  # type: ignore[attr-defined]
     return worker.create()
 

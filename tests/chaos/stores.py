@@ -198,4 +198,4 @@ async def _differs(rig: ChaosRig) -> list[str]:
 
 async def _unexplained(rig: ChaosRig) -> list[str]:
     printed = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
-    return [one["change_id"] for one in printed["missing"]]
+    return [one["change_id"] for one in printed["open"] if one["place"] in ("unexplained", "only_in_postgres")]

@@ -1,7 +1,9 @@
 """A short run of `make chaos`, and a test that its proof can fail."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -32,7 +34,7 @@ where l.database = (select oid from pg_database where datname = current_database
 
 @pytest.fixture(scope="module")
 async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ChaosRig]:
-    """One system for all tests. The order matters: the last test loses changes for good. The long
+    """One system for all tests. The order matters: the last test loses changes. The long
     `lost_message_seconds` keeps the reconciler from recording a lost change again before the test finds it."""
     folder = tmp_path_factory.mktemp("chaos")
     rig = ChaosRig(with_own_redis(servers, folder), folder, lost_message_seconds=3_600)
@@ -84,7 +86,7 @@ async def test_two_releases_side_by_side_lose_and_double_nothing(rig: ChaosRig) 
 
 
 @pytest.mark.slow  # it is a third run of the chaos load
-async def test_the_proof_names_the_changes_that_a_worker_loses_by_acknowledging_too_early(
+async def test_the_proof_names_what_a_worker_loses_by_acknowledging_too_early_and_the_ledger_heals_it(
     rig: ChaosRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await rig.system.stop("worker")
@@ -120,6 +122,22 @@ async def test_the_proof_names_the_changes_that_a_worker_loses_by_acknowledging_
     # Changes that were never acknowledged may be lost too; the proof names every acknowledged one.
     assert proof.lost
     assert all(any(change in line for change in lost) or line.startswith("payment ") for line in proof.lost)
+
+    await rig.system.stop("worker")
+    monkeypatch.undo()
+    rig.system.start("worker")
+    await rig.system.ready("worker")
+
+    async def healed() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
+        return found
+
+    report = await eventually(
+        healed, within=90, what="every lost change in PostgreSQL", until=lambda found: not found["unexplained"]
+    )
+    assert report["accepted"] == report["synced"]
+    assert report["leader"]["resent"] > 0
+    assert {one.change for one in (await read_stores(rig)).changes} >= set(lost)
 
 
 async def kill_the_worker_before_it_commits(rig: ChaosRig, servers: Servers) -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from aiormq.exceptions import ChannelAccessRefused
 
-from services.sync.ledger.balance import PLACES
+from services.sync.ledger.report_shapes import PLACES
 from shared.entities.contract import Lane, encode
 from shared.messaging import management, topology
 from tests.rigs.builders import change, message, order
@@ -356,20 +356,15 @@ async def test_ledger_adds_up_and_explains_every_change(
     await ops_rig.poison(marker)
     await ops_rig.dead_letters(1, text=marker, queue=topology.dead_queue(Lane.NORMAL))
 
-    async def balance() -> Any:
-        return expect(await nadia.get("/api/ops/ledger", params={"since": ops_rig.since.isoformat()}))
+    async def report() -> Any:
+        return expect(await nadia.get("/api/ops/ledger", params={"whole": "true"}))
 
-    def ours(found: Any) -> dict[str, int]:
-        [one] = [one for one in found["restaurants"] if one["restaurant_id"] == ops_rig.restaurant_id]
-        assert one["slug"] == ops_rig.restaurant.slug
-        return {place: one[place] for place in PLACES}
-
-    found = await eventually(balance, within=60, what="empty queues", until=lambda seen: not ours(seen)["queued"])
-    assert (found["unexplained"], found["missing"]) == (0, [])
-    for one in (found, *found["restaurants"]):
-        assert one["accepted"] == sum(one[place] for place in PLACES)
-    for name in ("accepted", *PLACES):
-        assert found[name] == sum(one[name] for one in found["restaurants"])
-    assert ours(found)["synced"] >= 1
-    assert ours(found)["dead"] >= 1
+    found = await eventually(report, within=60, what="empty queues", until=lambda seen: not seen["queued"])
+    assert (found["unexplained"], found["alarms"]) == (0, [])
+    assert found["accepted"] == sum(found[place] for place in PLACES)
+    assert found["synced"] >= 1
+    assert found["dead"] >= 1
+    assert found["leader"]["age_seconds"] < 60
+    since = expect(await nadia.get("/api/ops/ledger", params={"since": ops_rig.since.isoformat()}))
+    assert (since["unexplained"], since["queued"]) == (0, 0)
     refused(await nadia.get("/api/ops/ledger?since=yesterday"), 422, "invalid_input", "since")

@@ -14,9 +14,10 @@ import msgspec
 import pytest
 
 from services.sync.dead_letters import actions
-from services.sync.ledger.accepted_log import AcceptedLog
-from services.sync.ledger.balance import PLACES, AcceptedChange, Balance
-from services.sync.ledger.ledger import Ledger, take_balance
+from services.sync.ledger.ledger_loop import LedgerLoop
+from services.sync.ledger.report import Ledger, take_report
+from services.sync.ledger.report_shapes import PLACES, LedgerReport, OpenChange
+from services.sync.ledger.session import Patience
 from services.sync.writer.postgres_writer import PostgresWriter
 from shared.entities.contract import Change, Lane, encode, encode_batch, now
 from shared.errors import Unavailable
@@ -27,7 +28,6 @@ from shared.postgres.pool import Postgres
 from shared.rail.instance import Lease
 from shared.rail.journal import Journal
 from shared.rail.set_aside import files_aside
-from shared.settings import Settings
 from tests.rigs import zygote
 from tests.rigs.builders import OTHER_RESTAURANT, change, menu_item, order
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -47,31 +47,29 @@ class LedgerRig:
         self.ops = Postgres(rig.settings.database_ops_url, rig.settings, size=2)
         self.journals: list[Journal] = []
 
-    async def balance(self, **options: Any) -> Balance:
-        """Takes a balance; fails if it does not add up or does not list every unexplained change that it counts."""
-        found = await take_balance(self.rig.settings, self.ops, **{"timeout_seconds": TIMEOUT_SECONDS, **options})
-        wrong = [
-            name
-            for name in ("accepted", *PLACES)
-            if getattr(found, name) != sum(getattr(one, name) for one in found.restaurants)
-        ]
-        # Every balance must add up. This calls `pytest.fail`, because `until` retries after an AssertionError.
-        if wrong or found.accepted != sum(getattr(found, place) for place in PLACES):
-            pytest.fail(f"the balance does not add up: {wrong} {found}")
-        if found.unexplained != len(found.missing):
-            pytest.fail(
-                f"the ledger counts {found.unexplained} unexplained changes and lists {len(found.missing)}: {found}"
-            )
+    async def report(self, **options: Any) -> LedgerReport:
+        """Takes a report; fails if it does not add up or does not name every open change that it counts."""
+        return self.checked(
+            await take_report(self.rig.settings, self.ops, **{"timeout_seconds": TIMEOUT_SECONDS, **options})
+        )
+
+    def checked(self, found: LedgerReport) -> LedgerReport:
+        # Every report must add up. This calls `pytest.fail`, because `until` retries after an AssertionError.
+        if found.accepted != sum(getattr(found, place) for place in PLACES):
+            pytest.fail(f"the report does not add up: {found}")
+        for place in (*PLACES[1:], "only_in_postgres"):
+            if getattr(found, place) != sum(one.place == place for one in found.open):
+                pytest.fail(f"the report does not name every change that is {place}: {found}")
         return found
 
-    async def until(self, **expected: int) -> Balance:
-        """Waits for a balance that has exactly these counts, apart from `accepted`; returns it."""
+    async def until(self, **expected: int) -> LedgerReport:
+        """Waits for a report that has exactly these counts, apart from `accepted`; returns it."""
 
         async def look() -> dict[str, int]:
-            self.last = await self.balance()
+            self.last = await self.report()
             return {name: count for name in PLACES if (count := getattr(self.last, name))}
 
-        await eventually(look, within=40, what=f"a balance of {expected}", until=lambda seen: seen == expected)
+        await eventually(look, within=40, what=f"a report of {expected}", until=lambda seen: seen == expected)
         return self.last
 
     async def journal(self, *changes: Change, number: int = 1) -> Path:
@@ -127,6 +125,10 @@ async def ledger_rig(make_ledger_rig: Any) -> LedgerRig:
     return made
 
 
+def unexplained(report: LedgerReport) -> list[OpenChange]:
+    return [one for one in report.open if one.place == "unexplained"]
+
+
 def traced(**fields: Any) -> Change:
     return change(order(items=1, **fields), traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
 
@@ -134,26 +136,22 @@ def traced(**fields: Any) -> Change:
 # -- the places that explain a change --------------------------------------------------------------------------------
 
 
-async def test_written_changes_count_once_as_synced_for_each_restaurant(ledger_rig: LedgerRig) -> None:
+async def test_written_changes_count_once_as_synced(ledger_rig: LedgerRig) -> None:
     mine = [change(order(items=1)) for _ in range(5)]
     other = change(menu_item(restaurant_id=OTHER_RESTAURANT))
     await ledger_rig.rig.publish(*mine)
     await ledger_rig.rig.publish(mine[0], mine[1])  # a second copy of two changes, as after a publish in doubt
     await ledger_rig.rig.publish(other, lane=Lane.NORMAL)
-    balance = await ledger_rig.until(synced=6)
-    counts = {one.restaurant_id: (one.accepted, one.synced) for one in balance.restaurants}
-    assert counts == {mine[0].restaurantid: (5, 5), OTHER_RESTAURANT: (1, 1)}
-
-    async def after_heartbeat() -> bool:
-        return (await ledger_rig.balance()).until is not None
-
-    await eventually(after_heartbeat, what="a heartbeat from every lane")
+    report = await ledger_rig.until(synced=6)
+    assert report.since is None
 
 
 async def test_change_that_waits_in_its_lane_is_queued(ledger_rig: LedgerRig) -> None:
     await ledger_rig.rig.writer.stop()
-    await ledger_rig.rig.publish(*(change(order(items=1)) for _ in range(3)))
-    await ledger_rig.until(queued=3)
+    made = [change(order(items=1)) for _ in range(3)]
+    await ledger_rig.rig.publish(*made)
+    waiting = await ledger_rig.until(queued=3)
+    assert {one.change_id for one in waiting.open} == {one.id for one in made}
     await ledger_rig.another_writer().start()
     await ledger_rig.until(synced=3)
 
@@ -171,10 +169,12 @@ async def test_change_on_the_retry_ladder_is_retrying(make_ledger_rig: Any) -> N
     await ledger_rig.rig.publish(unlucky, lane=Lane.NORMAL)
     await ledger_rig.rig.publish(fine)
     await ledger_rig.until(synced=1, retrying=1)
-    # Without a row in `retries`, the ledger counts the messages in the retry queue.
+    # Without a row in `retries`, the message in the retry queue keeps the change from being unexplained.
     await eventually(lambda: ledger_rig.rig.count("retries"), what="the retry row", until=lambda count: count == 1)
     await ledger_rig.rig.database.execute("delete from retries")
-    await ledger_rig.until(synced=1, retrying=1)
+    await ledger_rig.until(synced=1, queued=1)
+    await ledger_rig.rig.heartbeats.loop.turn_after(ledger_rig.rig.heartbeats.loop.turns + 1)
+    await ledger_rig.until(synced=1, queued=1)
 
 
 async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(ledger_rig: LedgerRig) -> None:
@@ -186,11 +186,8 @@ async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(l
     await reject_all(rig.settings.rabbitmq_url, topology.lane_queue(Lane.CRITICAL), dead)
     await ledger_rig.another_writer().start()
     await rig.publish(change(order(items=1)), b'{"id": "no change at all"}')
-    balance = await ledger_rig.until(synced=1, dead=3)
-    assert balance.dead_outcomes == {"in_queue": 3}, (
-        "dead letters that no collector has read are not counted in their queue"
-    )
-    assert balance.unreadable == 1
+    report = await ledger_rig.until(synced=1, queued=3)  # in the dead-letter queue, which nobody has collected
+    assert report.unreadable == 1
     rig.collector.start()
     dead_letters = [one for one in await rig.dead_letters(4) if one.change_id]
     assert (await ledger_rig.until(synced=1, dead=3)).dead_outcomes == {"open": 3}
@@ -200,8 +197,8 @@ async def test_dead_letter_explains_its_change_also_after_a_discard_or_an_edit(l
         await actions.discard(connection, one.id, revision=one.revision, **by)
         edit: dict[str, Any] = {"event": {}, "difference": [], "change_id": "11111111-1111-4111-8111-111111111111"}
         await actions.replace(connection, two.id, revision=two.revision, **edit, **by)
-    balance = await ledger_rig.until(synced=1, dead=3)
-    assert balance.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
+    report = await ledger_rig.until(synced=1, dead=3)
+    assert report.dead_outcomes == {"open": 1, "discarded": 1, "edited": 1}
 
 
 async def reject_all(url: str, queue: str, events: Sequence[bytes]) -> None:
@@ -225,8 +222,8 @@ async def test_change_in_a_journal_is_journaled_and_counts_once_when_it_also_wai
     both, only_journal, only_lane = traced(), traced(), traced()
     await ledger_rig.journal(both, only_journal)
     await ledger_rig.rig.publish(both, only_lane)
-    balance = await ledger_rig.until(journaled=2, queued=1)
-    assert balance.journals == {"orders-1.sqlite": 2}
+    report = await ledger_rig.until(journaled=2, queued=1)
+    assert report.journals == {"orders-1.sqlite": 2}
     await ledger_rig.another_writer().start()
     assert (await ledger_rig.until(synced=2, journaled=1)).accepted == 3
 
@@ -245,7 +242,7 @@ async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_comm
     ledger_rig: LedgerRig = await make_ledger_rig(**(urls if management else {}))
 
     async def unavailable() -> list[str]:  # a management API that answers too late counts as unavailable
-        return (await ledger_rig.balance()).unavailable
+        return (await ledger_rig.report()).unavailable
 
     await eventually(
         unavailable,
@@ -262,8 +259,8 @@ async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_comm
         queue = await channel.get_queue(topology.lane_queue(Lane.CRITICAL), ensure=False)
         await queue.purge()
     await ledger_rig.another_writer().start()
-    balance = await ledger_rig.until(synced=1, unexplained=2)
-    assert {one.change_id for one in balance.missing} == {one.id for one in lost}
+    report = await ledger_rig.until(synced=1, unexplained=2)
+    assert {one.change_id for one in unexplained(report)} == {one.id for one in lost}
     timeout = [] if management else ["--timeout", "1"]
     code, out, _ = await ledger_rig.cli("ledger", *timeout)
     assert code == 1
@@ -274,23 +271,16 @@ async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_comm
     code, out, _ = await ledger_rig.cli("ledger", "--all", "--json", *timeout)
     printed = msgspec.json.decode(out)
     assert (code, printed["accepted"], printed["synced"], printed["unexplained"]) == (1, 3, 1, 2)
-    assert {one["trace_id"] for one in printed["missing"]} == {TRACE}
-    # A later change was built on a lost change and has its content, so the ledger names this successor.
-    await ledger_rig.rig.publish(change(order(items=1, id=lost[0].entity_id), base=lost[0]))
-    balance = await ledger_rig.until(synced=2, unexplained=2)
-    assert sum(one.successor is not None for one in balance.missing) == 1
+    assert {one["trace_id"] for one in printed["open"]} == {TRACE}
 
 
 async def test_row_that_is_missing_from_changes_is_named(ledger_rig: LedgerRig, servers: Servers) -> None:
     made = [traced() for _ in range(4)]
     await ledger_rig.rig.publish(*made)
     await ledger_rig.until(synced=4)
-    name = ledger_rig.rig.settings.database_url.rpartition("/")[2]
-    superuser = await asyncpg.connect(servers.postgres.superuser_url.rpartition("/")[0] + f"/{name}")
-    await superuser.execute("delete from changes where change_id = $1", made[2].id)
-    await superuser.close()
-    balance = await ledger_rig.until(synced=3, unexplained=1)
-    assert [(one.change_id, one.trace_id) for one in balance.missing] == [(made[2].id, TRACE)]
+    await delete_changes(ledger_rig, servers, made[2])
+    report = await ledger_rig.until(synced=3, unexplained=1)
+    assert [(one.change_id, one.trace_id) for one in unexplained(report)] == [(made[2].id, TRACE)]
 
 
 async def test_missing_and_damaged_journal_entries_are_named(ledger_rig: LedgerRig) -> None:
@@ -299,16 +289,16 @@ async def test_missing_and_damaged_journal_entries_are_named(ledger_rig: LedgerR
     await ledger_rig.until(journaled=3)
     with sqlite3.connect(path) as db:
         db.execute("delete from entries where seq = 1")
-    balance = await ledger_rig.until(journaled=2, unexplained=1)
-    assert [(one.change_id, one.seen_in) for one in balance.missing] == [(lost.id, "orders-1.sqlite")]
+    report = await ledger_rig.until(journaled=2, unexplained=1)
+    assert [(one.change_id, one.seen_in) for one in unexplained(report)] == [(lost.id, "orders-1.sqlite")]
     code, out, _ = await ledger_rig.cli("ledger", "--timeout", "1")
     assert code == 1
     assert f"change {lost.id}" in out
     with sqlite3.connect(path) as db:
         db.execute("update entries set event = replace(event, 'Masala', 'Masalo') where seq = 2")
     assert len(await ledger_rig.journals[0].oldest(10)) == 1  # the journal notices the damage when it reads the entry
-    balance = await ledger_rig.until(journaled=1, unexplained=2)
-    assert {one.change_id for one in balance.missing} == {lost.id, flipped.id}
+    report = await ledger_rig.until(journaled=1, unexplained=2)
+    assert {one.change_id for one in unexplained(report)} == {lost.id, flipped.id}
 
 
 # -- under load and without backends ---------------------------------------------------------------------------------
@@ -334,10 +324,10 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
     async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=timeout_seconds) as ledger:
 
         async def synced() -> int:
-            balance = await ledger.balance()
-            if balance.missing:
-                pytest.fail(f"reported as unexplained: {balance.missing}")
-            return balance.synced
+            report = ledger_rig.checked(await ledger.report())
+            if report.unexplained or report.only_in_postgres:
+                pytest.fail(f"reported although nothing is lost: {report.open}")
+            return report.synced
 
         # A change counts as unexplained only after it has been missing for the timeout.
         deadline = time.monotonic() + 2 * timeout_seconds
@@ -350,48 +340,90 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
         await eventually(synced, within=120, what="all changes synced", until=lambda count: count == sent)
 
 
-class CountingLog(AcceptedLog):
-    """Notes how many changes each question to PostgreSQL is about."""
-
-    def __init__(self, settings: Settings, ops: Postgres) -> None:
-        super().__init__(settings, ops, None)
-        self.asked: list[int] = []
-
-    async def settle(self, entries: Sequence[AcceptedChange]) -> None:
-        self.asked.append(len(entries))
-        await super().settle(entries)
-
-
-async def test_next_look_continues_reading_and_asks_for_no_change_twice(ledger_rig: LedgerRig) -> None:
+async def test_next_report_reads_only_what_is_new(ledger_rig: LedgerRig, servers: Servers) -> None:
     made = [change(order(items=1)) for _ in range(50)]
     await ledger_rig.rig.publish(*made)
     await ledger_rig.until(synced=50)
-    settings = ledger_rig.rig.settings
-    log = CountingLog(settings, ledger_rig.ops)
-    async with Ledger(settings, ledger_rig.ops, timeout_seconds=TIMEOUT_SECONDS, accepted_log=log) as ledger:
-        assert (await ledger.balance()).synced == 50
-        assert sum(log.asked) >= 50
-        log.asked.clear()
+    await ledger_rig.rig.publish(change(order(items=1)))  # the feed must prove the last row that was read
+    await ledger_rig.until(synced=51)
+    async with Ledger(ledger_rig.rig.settings, ledger_rig.ops, timeout_seconds=TIMEOUT_SECONDS) as ledger:
+        assert (await ledger.report()).synced == 51
         # These five changes are counted already, so a second copy changes nothing.
         await ledger_rig.rig.publish(*made[:5])
         await ledger_rig.rig.publish(change(order(items=1)))
+        await delete_changes(ledger_rig, servers, *made[5:])  # a second reading would miss them
 
         async def synced() -> int:
-            return (await ledger.balance()).synced
+            return ledger_rig.checked(await ledger.report()).synced
 
-        assert await eventually(synced, what="the next change in the balance", until=lambda count: count > 50) == 51
-        assert max(log.asked) <= 1
+        assert await eventually(synced, what="the next change in the report", until=lambda count: count > 51) == 52
 
 
-async def test_balance_begins_at_the_given_time(ledger_rig: LedgerRig) -> None:
-    await ledger_rig.rig.publish(change(order(items=1)))
+async def delete_changes(ledger_rig: LedgerRig, servers: Servers, *changes: Change) -> None:
+    name = ledger_rig.rig.settings.database_url.rpartition("/")[2]
+    superuser = await asyncpg.connect(servers.postgres.superuser_url.rpartition("/")[0] + f"/{name}")
+    await superuser.execute("delete from changes where change_id = any($1::uuid[])", [one.id for one in changes])
+    await superuser.close()
+
+
+async def test_report_begins_at_a_checkpoint_and_still_names_every_open_change(ledger_rig: LedgerRig) -> None:
+    rig = ledger_rig.rig
+    before, lost = change(order(items=1)), change(order(items=1))
+    await rig.publish(before)
     await ledger_rig.until(synced=1)
-    assert (await ledger_rig.balance(since=now())).accepted <= 1
-    await ledger_rig.rig.publish(change(order(items=1)))
-    await ledger_rig.until(synced=2)
+    await rig.writer.stop()
+    await rig.publish(lost)
+    async with rig.channel() as channel:
+        await (await channel.get_queue(topology.lane_queue(Lane.CRITICAL), ensure=False)).purge()
+    await ledger_rig.another_writer().start()
+    leader = LedgerLoop(rig.settings, rig.postgres, rig.publisher, patience=Patience(look_up=3_600))
+    leader.start()
+    try:
+
+        async def checkpoint() -> LedgerReport:
+            return await ledger_rig.report(since=now() + timedelta(minutes=1))
+
+        report = await eventually(
+            checkpoint,
+            within=30,
+            what="a checkpoint",
+            until=lambda found: bool(found.since and found.unexplained),
+        )
+        await rig.publish(change(order(items=1)))
+        report = await eventually(checkpoint, what="the next change", until=lambda found: found.synced > 0)
+    finally:
+        await leader.stop()
+    assert report.synced == 1, "the change before the checkpoint counts again"
+    assert [one.change_id for one in unexplained(report)] == [lost.id]
+    assert report.leader is not None
+    assert report.leader.log_low < report.leader.log_at
+    assert report.alarms == ["unexplained"]
     code, out, err = await ledger_rig.cli("ledger", "--since", "yesterday")
     assert (code, out) == (2, "")
     assert "ISO 8601" in err
+
+
+async def test_change_that_the_log_lacks_is_named(ledger_rig: LedgerRig) -> None:
+    made = change(order(items=1))
+    await ledger_rig.rig.publisher.publish_to_queue(
+        topology.lane_queue(Lane.CRITICAL), encode_batch((encode(made),)), timeout=10
+    )
+    await ledger_rig.rig.written(made)
+    report = await ledger_rig.until(synced=1)
+    assert [(one.place, one.change_id) for one in report.open] == [("only_in_postgres", made.id)]
+    code, out, _ = await ledger_rig.cli("ledger", "--all")
+    assert (code, f"only in postgres: change {made.id}" in out) == (0, True), out
+
+
+async def test_old_checkpoint_is_an_alarm(ledger_rig: LedgerRig) -> None:
+    await ledger_rig.rig.database.execute(
+        "insert into checkpoints (log_low, log_low_crc, log_at, log_at_crc, feed_xid, feed_seq, at)"
+        " values (-1, 0, -1, 0, '0', 0, now() - interval '6 minutes')"
+    )
+    assert (await ledger_rig.report()).alarms == ["age"]
+    code, out, _ = await ledger_rig.cli("ledger")
+    assert code == 0
+    assert "no worker compares" in out
 
 
 async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexplained(ledger_rig: LedgerRig) -> None:
@@ -400,12 +432,12 @@ async def test_change_that_is_pending_only_in_the_mirror_is_a_hint_and_not_unexp
     one = change(state, time=now() - timedelta(minutes=2))  # a younger change may not be in the log yet
     await ledger_rig.rig.mirror.keep_restaurant(restaurant, b"{}")
     await ledger_rig.rig.mirror.apply([applied(one)])
-    found = await ledger_rig.balance(mirror=ledger_rig.rig.mirror)
+    found = await ledger_rig.report(mirror=ledger_rig.rig.mirror)
     assert one.id in {hint.change_id for hint in found.mirror_only}
     assert found.unexplained == 0
     await ledger_rig.rig.publish(one)
     await ledger_rig.until(synced=1)
-    found = await ledger_rig.balance(mirror=ledger_rig.rig.mirror)
+    found = await ledger_rig.report(mirror=ledger_rig.rig.mirror)
     assert one.id not in {hint.change_id for hint in found.mirror_only}
 
 
@@ -413,7 +445,7 @@ async def test_ledger_needs_postgres_and_the_command_says_so(ledger_rig: LedgerR
     await asyncio.to_thread(servers.postgres.stop)
     try:
         with pytest.raises(Unavailable):
-            await ledger_rig.balance()
+            await ledger_rig.report()
         code, _, err = await ledger_rig.cli("ledger")
         assert code == 2
         assert "needs PostgreSQL" in err
@@ -494,8 +526,8 @@ async def test_show_names_the_damaged_entry_of_a_journal_and_drain_publishes_the
     assert "29 changes published" in out
     assert "1 damaged entries were not published" in err
     assert "the file was damaged and set aside" in err
-    balance = await ledger_rig.until(synced=29, unexplained=1)
-    assert [one.change_id for one in balance.missing] == [made[7].id]
+    report = await ledger_rig.until(synced=29, unexplained=1)
+    assert [one.change_id for one in unexplained(report)] == [made[7].id]
     [aside] = files_aside(path)
     assert aside.read_bytes() == bytes(data)
     assert (await ledger_rig.cli("journal", "drain", str(aside)))[0] == 1

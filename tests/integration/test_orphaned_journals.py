@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from services.sync.cli.main import main
-from services.sync.ledger.sources import journals
+from services.sync.ledger.journals import journals
 from shared.entities.contract import Lane, encode, split_batch
 from shared.messaging.publisher import NotSent
 from shared.rail.instance import Lease

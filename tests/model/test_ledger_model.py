@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
+from services.sync.ledger.log_changes import LogChange
 from services.sync.ledger.sides import FeedOnly, LogOnly, Sides
 from shared.messaging.position import LogPosition
 from shared.postgres.checkpoints import BEFORE_LOG
+from shared.postgres.feed import FeedChange
 
 RUNS = 400
 
@@ -127,14 +129,14 @@ class World:
             if not self.sides.read_log_to(self.at(offset)):
                 self.begin_session()
                 return
-            self.sides.from_log(self.log[offset][0], LogOnly(self.at(offset), before, "critical", ""))
+            self.sides.from_log(self.log[offset][0], LogOnly(self.at(offset), before, "critical", LogChange()))
 
     def reads_the_feed(self) -> None:
         self.check()
         xmin = min([*self.running, self.next_xid])
         rows = sorted((xid, change) for xid, change in self.rows().items())
         for xid, change in [one for one in rows if self.sides.feed_position < (one[0], 1) and one[0] < xmin][:6]:
-            self.sides.from_feed(change, FeedOnly(xid, 1, "", 0.0))
+            self.sides.from_feed(FeedOnly(FeedChange(xid, 1, "", "", "", 1, change), 0.0))
             self.sides.feed_position, self.row = (xid, 1), change
 
     def writes_a_checkpoint(self) -> None:
@@ -150,10 +152,10 @@ class World:
 
     def repairs(self) -> None:
         self.check()
-        busy, rows = {*self.lane, *self.running.values()}, set(self.rows().values())
+        busy, rows = {*self.lane, *self.running.values()}, {change: xid for xid, change in self.rows().items()}
         for change in list(self.sides.log):
             if change in rows:
-                del self.sides.log[change]
+                self.sides.found(change, (rows[change], 1))
             elif change not in busy:
                 self.lane.append(change)
         if self.sides.log_position.offset == len(self.log) - 1:

@@ -16,8 +16,8 @@ from rich.text import Text
 from services.sync.command_options import Number, Since
 from services.sync.command_output import console
 from services.sync.command_session import run
-from services.sync.ledger.balance import Balance, Count, Missing
-from services.sync.ledger.ledger import Ledger, take_balance
+from services.sync.ledger.report import Ledger, take_report
+from services.sync.ledger.report_shapes import LeaderState, LedgerReport, OpenChange
 from shared.entities.contract import encode
 from shared.errors import Unavailable
 from shared.mirror.mirror import Mirror
@@ -36,36 +36,38 @@ _EXIT_UNAVAILABLE = 2
     type=Since(),
     default="1h",
     show_default=True,
-    help="the moment to count from: 90s, 15m, 2h, 7d, or a time in ISO 8601",
+    help="begin at the newest checkpoint before: 90s, 15m, 2h, 7d, or a time in ISO 8601",
 )
-@click.option("--all", "everything", is_flag=True, help="count from the beginning of the change log")
+@click.option("--all", "everything", is_flag=True, help="begin at the first entry of the change log")
 @click.option("--watch", is_flag=True, help="repeat until Ctrl-C")
 @click.option(
     "--interval",
     type=Number(0.2, 3_600),
     default=2.0,
     show_default=True,
-    help="seconds between two balances, for --watch",
+    help="seconds between two reports, for --watch",
 )
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object; with --watch one per line")
-@click.option("--timeout", type=Number(0, 31_536_000), help="seconds after which a missing change is unexplained")
+@click.option(
+    "--timeout", type=Number(0, 31_536_000), help="seconds after which a change that left its lane is unexplained"
+)
 def ledger_command(
     since: datetime, everything: bool, watch: bool, interval: float, as_json: bool, timeout: float | None
 ) -> None:
     """Show the place of every accepted change: accepted = synced + queued + retrying + journaled + dead + unexplained.
 
-    The exit code is 1 if a change is unexplained, and 2 if the balance cannot be taken."""
+    The exit code is 1 if a change is unexplained, and 2 if the report cannot be taken."""
     start = None if everything else since
     try:
         if watch:
-            balance = _watch(start, interval, as_json, timeout)
+            report = _watch(start, interval, as_json, timeout)
         else:
-            balance = run(_once(start, timeout))
-            _show(balance, as_json)
+            report = run(_once(start, timeout))
+            _show(report, as_json)
     except click.ClickException as error:
         click.echo(f"Error: {error.message}", err=True)
         sys.exit(_EXIT_UNAVAILABLE)
-    if balance is not None and balance.unexplained:
+    if report is not None and "unexplained" in report.alarms:
         sys.exit(1)
 
 
@@ -81,14 +83,14 @@ async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
         await postgres.close()
 
 
-async def _once(since: datetime | None, timeout: float | None) -> Balance:
+async def _once(since: datetime | None, timeout: float | None) -> LedgerReport:
     async with _backends() as (settings, postgres, mirror):
-        return await take_balance(settings, postgres, mirror, since=since, timeout_seconds=timeout)
+        return await take_report(settings, postgres, mirror, since=since, timeout_seconds=timeout)
 
 
-def _watch(since: datetime | None, interval: float, as_json: bool, timeout: float | None) -> Balance | None:
-    """Takes balances until Ctrl-C. Returns the last one."""
-    last: list[Balance] = []
+def _watch(since: datetime | None, interval: float, as_json: bool, timeout: float | None) -> LedgerReport | None:
+    """Takes reports until Ctrl-C. Returns the last one."""
+    last: list[LedgerReport] = []
 
     async def watch() -> None:
         async with (
@@ -98,12 +100,12 @@ def _watch(since: datetime | None, interval: float, as_json: bool, timeout: floa
             with _Lines() if as_json else Live(console=console(), auto_refresh=False) as screen:
                 while True:
                     try:
-                        balance = await ledger.balance()
+                        report = await ledger.report()
                     except Unavailable as error:
                         screen.update(Text(f"{error}; waiting", "bold yellow"), refresh=True)
                     else:
-                        last[:] = [balance]
-                        screen.update(encode(balance).decode() if as_json else _drawn(balance), refresh=True)
+                        last[:] = [report]
+                        screen.update(encode(report).decode() if as_json else _drawn(report), refresh=True)
                     await asyncio.sleep(interval)
 
     with suppress(KeyboardInterrupt):
@@ -124,77 +126,81 @@ class _Lines:
         click.echo(str(line), err=isinstance(line, Text))
 
 
-def _show(balance: Balance, as_json: bool) -> None:
+def _show(report: LedgerReport, as_json: bool) -> None:
     if as_json:
-        click.echo(encode(balance).decode())
+        click.echo(encode(report).decode())
         return
-    drawn = _drawn(balance)
+    drawn = _drawn(report)
     # A table that does not fit becomes wider than the terminal, because a cut id or figure is useless.
     console(min_columns=console().measure(drawn.renderables[0]).maximum).print(drawn)
 
 
-def _drawn(balance: Balance) -> Group:
+def _drawn(report: LedgerReport) -> Group:
     table = Table(box=None, pad_edge=False)
-    table.add_column("restaurant", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
-    for restaurant in balance.restaurants:
-        table.add_row(restaurant.slug or restaurant.restaurant_id or "(none)", *_figures(restaurant))
-    table.add_row("all", *_figures(balance), style="bold")
-    lines = [Text(_window(balance))]
-    lines += [Text(_missing_line(missing), "bold red") for missing in balance.missing[:_MAX_LISTED]]
-    if len(balance.missing) > _MAX_LISTED:
-        lines.append(Text(f"… and {len(balance.missing) - _MAX_LISTED} more; --json lists all of them", "bold red"))
-    if balance.suspects:
+    figures = [Text(str(getattr(report, name))) for name in _COLUMNS]
+    if report.unexplained:
+        figures[-1].stylize("bold red")
+    table.add_row(*figures)
+    begin = "the first entry of the log" if report.since is None else f"the checkpoint of {_utc(report.since)}"
+    lines = [Text(f"from {begin}; {_leader(report.leader)}")]
+    for place in ("unexplained", "only_in_postgres", "queued", "retrying", "journaled"):
+        lines += _named(place, [one for one in report.open if one.place == place], report)
+    if report.dead_outcomes:
+        lines.append(Text("dead: " + ", ".join(f"{n} {what}" for what, n in sorted(report.dead_outcomes.items()))))
+    lines += [Text(f"{count} in {name}") for name, count in report.journals.items() if count]
+    if report.unreadable:
         lines.append(
-            Text(f"{balance.suspects} of the queued changes were not found; the ledger still searches for them")
+            Text(f"{report.unreadable} events in the log have no valid change id; they are among the dead letters")
         )
-    if balance.dead_outcomes:
-        lines.append(Text("dead: " + ", ".join(f"{n} {what}" for what, n in sorted(balance.dead_outcomes.items()))))
-    for name, count in balance.journals.items():
-        if count:
-            lines.append(Text(f"{count} in {name}"))
-    if balance.unreadable:
-        lines.append(
-            Text(f"{balance.unreadable} events in the log have no valid change id; they are among the dead letters")
-        )
-    for missing in balance.mirror_only[:_MAX_LISTED]:
-        lines.append(
-            Text(f"hint: only the mirror shows change {missing.change_id} of {missing.subject}, as pending", "yellow")
-        )
-    if balance.unavailable:
-        lines.append(Text(f"unavailable: {', '.join(balance.unavailable)}", "yellow"))
-    if balance.restarted:
-        lines.append(Text("the change log lost its end; only the changes that it still has are counted", "yellow"))
+    lines += [
+        Text(f"hint: only the mirror shows change {one.change_id} of {one.subject}, as pending", "yellow")
+        for one in report.mirror_only[:_MAX_LISTED]
+    ]
+    lines += [
+        Text(f"expired before it was compared: the log between the offsets {one.after} and {one.before}", "yellow")
+        for one in report.expired
+    ]
+    if "age" in report.alarms:
+        lines.append(Text("no worker compares: the newest checkpoint is older than five minutes", "bold red"))
+    if report.leader is not None and report.leader.unexplained:
+        lines.append(Text(f"{report.leader.unexplained} changes were sent again ten times in vain", "bold red"))
+    if report.unavailable:
+        lines.append(Text(f"unavailable: {', '.join(report.unavailable)}", "yellow"))
+    if report.restarted:
+        lines.append(Text("the log or PostgreSQL lost its end during the report, which then began again", "yellow"))
     return Group(table, *lines)
 
 
-def _figures(count: Count) -> list[Text]:
-    figures = [Text(str(getattr(count, name))) for name in _COLUMNS]
-    if count.unexplained:
-        figures[-1].stylize("bold red")
-    return figures
+def _leader(leader: LeaderState | None) -> str:
+    if leader is None:
+        return "no worker has written a checkpoint yet"
+    return (
+        f"the worker has compared the log up to offset {leader.log_low}, {leader.age_seconds:.0f} s ago;"
+        f" sent again {leader.resent}, published again {leader.republished}"
+    )
 
 
-def _window(balance: Balance) -> str:
-    begin = "the beginning of the log" if balance.since is None else _utc(balance.since)
-    if balance.until is None:
-        return f"from {begin}; not every lane has delivered a heartbeat yet"
-    return f"from {begin}; every lane has delivered the heartbeats until {_utc(balance.until)}"
+def _named(place: str, found: list[OpenChange], report: LedgerReport) -> list[Text]:
+    style = "bold red" if place == "unexplained" else "yellow" if place == "only_in_postgres" else ""
+    lines = [Text(f"{place.replace('_', ' ')}: {_line(one)}", style) for one in found[:_MAX_LISTED]]
+    if (left := getattr(report, place) - len(lines)) > 0:
+        lines.append(Text(f"… and {left} more {place.replace('_', ' ')}; --json lists more", style))
+    return lines
+
+
+def _line(one: OpenChange) -> str:
+    at = f" accepted {_utc(one.accepted_at)}" if one.accepted_at else ""
+    where = "" if one.seen_in in ("log", "postgres") else f", from {one.seen_in}"
+    return (
+        f"change {one.change_id} of {one.subject} version {one.version}, {one.lane or '-'},{at}{where},"
+        f" trace {one.trace_id or '-'}"
+    )
 
 
 def _utc(at: datetime) -> str:
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _missing_line(missing: Missing) -> str:
-    at = f" accepted {_utc(missing.accepted_at)}" if missing.accepted_at else ""
-    where = "" if missing.seen_in == "log" else f", from {missing.seen_in}"
-    after = f"; its successor {missing.successor} is written" if missing.successor else ""
-    return (
-        f"unexplained: change {missing.change_id} of {missing.subject} version {missing.version},"
-        f" {missing.lane},{at}{where}, trace {missing.trace_id or '-'}{after}"
-    )
 
 
 COMMANDS = (ledger_command,)

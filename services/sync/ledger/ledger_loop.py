@@ -5,34 +5,39 @@ into the log. That holds after a lane was purged, a stream lost its end, or Post
 
 One worker leads: it holds an advisory lock of PostgreSQL, and works in sessions (session.py). A session begins at the
 newest checkpoint whose `log_at` the log proves, and ends with its connection to PostgreSQL, or when a side does not
-prove what was read of it: then this side has lost something.
+prove what was read of it: then this side has lost something. The others read the checkpoints of the leader, so that
+every worker shows the same figures.
 
 While a store is unavailable, the leader waits with jittered backoff, and begins a new session. Two leaders for a moment
 send the same ids twice, which changes nothing. Shutdown: it may be stopped at any time.
 """
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import aclosing
+import time
 from typing import Any
 
 import asyncpg
+import msgspec
 import structlog
 
 from services.sync.failures.classification import describe
+from services.sync.ledger.begin import ledger_reader, provable
 from services.sync.ledger.repairs import Repairs
 from services.sync.ledger.session import EndOfSession, LedgerSession, LedgerTotals, Patience
 from shared.backoff import backoff
 from shared.lifecycle import BackgroundLoop, end_tasks
-from shared.messaging.log import LogReader, Start
 from shared.messaging.publisher import BROKEN_LINK, Publisher
-from shared.postgres.checkpoints import Checkpoint, last_checkpoint, list_checkpoints, positions
+from shared.postgres.checkpoints import Checkpoint, last_checkpoint, list_checkpoints
 from shared.postgres.feed import ForeignDatabase, PositionLost
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
+MAX_AGE_SECONDS = 300.0
+"""An older newest checkpoint is an alarm: nobody compares."""
+OPEN_PLACES = ("queued", "retrying", "resent", "unexplained", "only_in_postgres")
+"""The places in `LedgerTotals.open`."""
 _LEADER_LOCK = 0x6C656467
 _FOLLOWER_INTERVAL_SECONDS = 2.0
 _ROUND_SECONDS = 1.0
@@ -49,6 +54,9 @@ class LedgerLoop:
         self._repairs = Repairs(settings, publisher)
         self._session: LedgerSession | None = None
         self.totals = LedgerTotals()
+        self._seen: object = None
+        """The newest checkpoint that this worker knows."""
+        self._seen_at = time.monotonic()
         self.loop = BackgroundLoop("ledger", self._run)
 
     def start(self) -> None:
@@ -57,16 +65,33 @@ class LedgerLoop:
     async def stop(self) -> None:
         await self.loop.stop()
 
+    @property
+    def age_seconds(self) -> float:
+        """The seconds since the leader wrote a checkpoint, as far as this worker knows."""
+        return time.monotonic() - self._seen_at
+
+    @property
+    def steady_seconds(self) -> float:
+        """For how long this worker has led and has read the log to its end again and again; 0 while it does not. Then
+        `knows` is complete."""
+        return 0.0 if self._session is None else self._session.steady_seconds
+
+    def knows(self, change_id: str) -> bool:
+        """Returns whether the log has the change although PostgreSQL lacks it, so that the leader sees to it."""
+        return self._session is not None and change_id in self._session.sides.log
+
     def state(self) -> dict[str, Any]:
         """Returns the state for the health endpoint."""
-        session = self._session
+        alarms = {"unexplained": bool(self.totals.unexplained), "age": self.age_seconds > MAX_AGE_SECONDS}
         return {
-            "leads": session is not None,
-            "only_in_log": 0 if session is None else len(session.sides.log),
-            "only_in_postgres": 0 if session is None else len(session.sides.feed),
+            "leads": self._session is not None,
+            "age_seconds": round(self.age_seconds, 1),
+            "open": self.totals.open,
             "resent": self.totals.resent,
             "republished": self.totals.republished,
             "unexplained": len(self.totals.unexplained),
+            "expired_ranges": len(self.totals.expired),
+            "alarms": [name for name, raised in alarms.items() if raised],
         }
 
     async def _run(self) -> None:
@@ -74,6 +99,8 @@ class LedgerLoop:
         while True:
             try:
                 async with self._postgres.connection() as connection:
+                    last = await last_checkpoint(connection)
+                    self._note(last)
                     if await connection.fetchval("select pg_try_advisory_lock($1)", _LEADER_LOCK):
                         await self._lead(connection)
                 attempt = 0
@@ -88,45 +115,40 @@ class LedgerLoop:
                 self._session = None
             self.loop.turned()
 
+    def _note(self, last: Checkpoint | None) -> None:
+        """Takes over what the last leader has found."""
+        if last is not None and last.id != self._seen:
+            self._seen, self._seen_at = last.id, time.monotonic() - max(0.0, last.age_seconds)
+            self.totals = totals_of(last)
+
     async def _lead(self, connection: Connection) -> None:
         """Runs one session. Ends only with an error."""
         last = await last_checkpoint(connection)
-        begun = await self._provable(await list_checkpoints(connection))
+        self._note(last)
+        begun = await provable(ledger_reader(self._settings, "ledger-begins"), await list_checkpoints(connection))
         self._session = session = LedgerSession(
             self._settings,
             connection,
-            self._repairs,
             self._patience,
-            self.totals,
             begun=begun,
+            repairs=self._repairs,
+            totals=self.totals,
             last=last.id if last else None,
         )
         log.info("ledger_leads", log_low=begun.log_low if begun else None)
-        reading = asyncio.create_task(session.read_log(self._reader("ledger")), name="ledger-log")
+        reading = asyncio.create_task(session.read_log(ledger_reader(self._settings, "ledger")), name="ledger-log")
         try:
             while not reading.done():
                 await session.round()
+                if session.last != self._seen:
+                    self._seen, self._seen_at = session.last, time.monotonic()
                 self.loop.turned()
                 await asyncio.wait({reading}, timeout=_ROUND_SECONDS)
             await reading  # raises its error
         finally:
             await end_tasks(reading)
 
-    async def _provable(self, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-        """Returns the newest checkpoint whose `log_at` the log proves."""
-        candidates = positions(checkpoints, "log_at")
-        if not candidates:
-            return None
 
-        async def older() -> Sequence[Start]:
-            return candidates[1:]
-
-        async with aclosing(self._reader("ledger-begins").read(candidates[0], fallbacks=older)) as batches:
-            async for batch in batches:
-                proved = candidates[0] if batch.broken is None else batch.broken.back_to
-                return next((one for one in checkpoints if one.log_at == proved), None)
-        return None
-
-    def _reader(self, name: str) -> LogReader:
-        idle_seconds = max(self._settings.heartbeat_interval_seconds * 3, 2.0)
-        return LogReader(self._settings.rabbitmq_url, name=name, idle_seconds=idle_seconds)
+def totals_of(checkpoint: Checkpoint) -> LedgerTotals:
+    """Returns what the leader had found when it wrote the checkpoint."""
+    return msgspec.json.decode(checkpoint.counts, type=LedgerTotals)

@@ -12,19 +12,9 @@ from typing import Any
 import msgspec
 import structlog
 
-from services.sync.ledger.balance import is_id
+from services.sync.ledger.log_changes import changes_in
 from services.sync.ledger.sides import LogOnly
-from shared.entities.contract import (
-    BrokenContract,
-    Change,
-    ChangeData,
-    Lane,
-    Outline,
-    encode,
-    encode_batch,
-    outline,
-    split_batch,
-)
+from shared.entities.contract import Change, ChangeData, Lane, encode, encode_batch
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, REFERENCE_LOG, lane_queue
@@ -70,7 +60,7 @@ class Repairs:
                 for entry in batch.entries:
                     if entry.position not in places:
                         continue
-                    for seen, event in changes_in(entry.body):
+                    for seen, event in changes_in(entry.body)[0]:
                         if seen.id in missing and wanted[seen.id].at == entry.position:
                             missing.discard(seen.id)
                             yield seen.id, event
@@ -98,16 +88,6 @@ class Repairs:
             log.warning("ledger_repair_waits", queue=queue, error=str(error))
             return False
         return True
-
-
-def changes_in(body: bytes) -> list[tuple[Outline, bytes]]:
-    """Returns (outline, event) of the changes of a message that can be identified. Others are dead letters already."""
-    try:
-        events = split_batch(body)
-    except BrokenContract:
-        return []
-    found = [(outline(event), event) for event in events]
-    return [(seen, event) for seen, event in found if seen and is_id(seen.id) and is_id(seen.restaurantid)]
 
 
 def event_of(row: Mapping[str, Any]) -> bytes:

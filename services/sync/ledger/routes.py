@@ -1,12 +1,10 @@
 """The routes /api/ops/queues and /api/ops/ledger, for operators."""
 
-from datetime import timedelta
-
 from litestar.types import ASGIApp
 
 from services.sync.ledger import queues
-from services.sync.ledger.balance import Balance
-from services.sync.ledger.ledger import take_balance
+from services.sync.ledger.report import DEFAULT_SINCE, take_report
+from services.sync.ledger.report_shapes import LedgerReport
 from services.sync.ledger.requests import LedgerQuery
 from services.sync.sync_context import sync_context
 from shared.entities.contract import now
@@ -37,14 +35,14 @@ async def get_queues(request: Call) -> ASGIApp:
     tag="Operators",
     summary="Show the place of every accepted change",
     description="accepted = synced + queued + retrying + journaled + dead + unexplained. An unexplained change is in no"
-    " place where the ledger can find it.",
+    " place where the ledger can find it. The report begins at a checkpoint of the ledger; nothing before it is open.",
     query=LedgerQuery,
-    answer=Balance,
+    answer=LedgerReport,
 )
 async def get_ledger(request: Call) -> ASGIApp:
     query, context = read_query(request, LedgerQuery), sync_context(request)
-    since = query.since or now() - timedelta(hours=1)
-    return success(await take_balance(context.settings, context.ops, context.mirror, since=since))
+    since = None if query.whole else query.since or now() - DEFAULT_SINCE
+    return success(await take_report(context.settings, context.ops, context.mirror, since=since))
 
 
 ROUTES = [get_queues, get_ledger]

@@ -7,7 +7,9 @@ the comparison must begin again after a restart (`log_low`, `feed_low`).
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from services.sync.ledger.log_changes import LogChange
 from shared.messaging.position import LogPosition
+from shared.postgres.feed import FeedChange
 
 MAX_IDS = 100_000
 """The maximum number of ids that one side alone may have; then its reader pauses."""
@@ -21,17 +23,19 @@ class LogOnly(NamedTuple):
     before: LogPosition
     """The position of the message before it."""
     lane: str
-    restaurant_id: str
+    change: LogChange
 
 
 class FeedOnly(NamedTuple):
     """A change that only the feed has."""
 
-    xid: int
-    seq: int
-    restaurant_id: str
+    change: FeedChange
     seen_at: float
     """When it was read, on the monotonic clock."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.change.xid, self.change.seq
 
 
 class Sides:
@@ -44,14 +48,49 @@ class Sides:
         self.log_at = at
         """The largest position that was read, in this session or before it."""
         self.feed_position = feed
+        self.committed = 0
+        """The number of changes that the feed has brought."""
+        self.early = 0
+        """The number of changes of the log that were found in PostgreSQL before the feed brings them, because an older
+        transaction holds it back."""
+        self._looked_up: dict[str, bool] = {}
+        """Change id -> True for these changes, and False for dead ones, which may be replayed."""
+        self._pairs: list[tuple[tuple[int, int], LogPosition]] = []
+        """Place in the feed, and position before it in the log, of changes that have left both sides while the feed had
+        others alone."""
 
     def from_log(self, change_id: str, found: LogOnly) -> None:
-        if self.feed.pop(change_id, None) is None:
+        known = self.feed.pop(change_id, None)
+        if known is None:
             self.log.setdefault(change_id, found)
+        else:
+            self._pair(known.place, found.before)
 
-    def from_feed(self, change_id: str, found: FeedOnly) -> None:
-        if self.log.pop(change_id, None) is None:
+    def from_feed(self, found: FeedOnly) -> None:
+        self.committed += 1
+        change_id = found.change.change_id
+        known = self.log.pop(change_id, None)
+        if known is not None:
+            self._pair(found.place, known.before)
+        elif change_id in self._looked_up:
+            self.early -= self._looked_up.pop(change_id)
+        else:
             self.feed.setdefault(change_id, found)
+
+    def _pair(self, place: tuple[int, int], before: LogPosition) -> None:
+        if self.feed:
+            self._pairs.append((place, before))
+
+    def found(self, change_id: str, place: tuple[int, int] | None) -> None:
+        """Takes a change from the log side that a look-up has found. `place`: its place in the feed; None if it is
+        dead."""
+        known = self.log.pop(change_id, None)
+        if known is None or (place is not None and place <= self.feed_position) or len(self._looked_up) >= MAX_IDS:
+            return  # the feed has brought it before, so the log has it twice
+        self._looked_up[change_id] = place is not None
+        if place is not None:
+            self.early += 1
+            self._pairs.append((place, known.before))
 
     def read_log_to(self, position: LogPosition) -> bool:
         """Moves the log position. Returns False if the log does not prove what was read before: it has another message
@@ -72,16 +111,19 @@ class Sides:
 
     @property
     def log_low(self) -> LogPosition:
-        """Log entries up to this position are in `changes`, or dead."""
+        """Log entries up to this position are in `changes`, or dead. The changes of the feed after `feed_low` are not
+        among them, so that both readers meet again after a restart."""
+        feed_low = self.feed_low
+        self._pairs = [pair for pair in self._pairs if pair[0] > feed_low]
         # Both sides are filled in order, but a change that the log has twice may be added late.
-        first = min(self.log.values(), key=lambda one: one.at.offset, default=None)
-        return self.log_position if first is None else first.before
+        firsts = [one.before for one in self.log.values()] + [before for _, before in self._pairs]
+        return min(firsts, key=lambda one: one.offset, default=self.log_position)
 
     @property
     def feed_low(self) -> tuple[int, int]:
         """Changes up to this (xid, seq) are in the log."""
-        first = min(((one.xid, one.seq - 1) for one in self.feed.values()), default=None)
-        return self.feed_position if first is None else first
+        xid, seq = min((one.place for one in self.feed.values()), default=(0, 0))
+        return (xid, seq - 1) if self.feed else self.feed_position
 
     def overdue(self, before: float) -> Iterator[tuple[str, FeedOnly]]:
         """Yields the changes that only the feed has since before this time."""

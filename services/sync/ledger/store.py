@@ -1,15 +1,15 @@
-"""Finds changes in PostgreSQL by their ids, for ledger.py.
+"""Finds changes in PostgreSQL by their ids, for the ledger.
 
-Connections have the ops role, which sees every tenant. Each call is one statement, so pass at most a few thousand ids.
+Connections have the ops or writer role, which sees every tenant. Each call is one statement, so pass at most a few
+thousand ids.
 """
 
 from collections.abc import Sequence
-from datetime import datetime
 
 from shared.postgres.pool import Connection
 
 _SYNCED = """
-select c.change_id::text from changes c
+select c.change_id::text, c.xid, c.seq from changes c
 join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 """
 # Dead letters of the mirror writer have no lane. They are left out, because their changes may be in PostgreSQL. A
@@ -28,22 +28,18 @@ select r.change_id::text from retries r
 join unnest($1::uuid[], $2::uuid[]) as requested (restaurant_id, change_id) using (restaurant_id, change_id)
 """
 _RETRY_COUNTS = "select lane, count(*)::int8 from retries group by lane"
-_HEARTBEATS = "select lane, sent_at from last_heartbeats"
-_SUCCESSORS = """
-select distinct on (c.base_change_id) c.base_change_id::text, c.change_id::text
-from changes c join unnest($1::uuid[], $2::uuid[]) as lost (restaurant_id, change_id)
-    on c.restaurant_id = lost.restaurant_id and c.base_change_id = lost.change_id
-order by c.base_change_id, c.version
+# The age is on the clock of PostgreSQL, which has written the row.
+_CAME_THROUGH = """
+select id::text, extract(epoch from now() - at)::float8 from heartbeats where id = any($1::uuid[])
 """
-_RESTAURANTS = "select id::text, slug from restaurants"
 
 Key = tuple[str, str]
 """(restaurant id, change id)"""
 
 
-async def synced(connection: Connection, changes: Sequence[Key]) -> set[str]:
-    """Returns the ids of those changes that PostgreSQL has."""
-    return {row[0] for row in await connection.fetch(_SYNCED, *_columns(changes))}
+async def synced(connection: Connection, changes: Sequence[Key]) -> dict[str, tuple[int, int]]:
+    """Returns change id -> (xid, seq) of those changes that PostgreSQL has."""
+    return {row[0]: (row[1], row[2]) for row in await connection.fetch(_SYNCED, *_columns(changes))}
 
 
 async def dead(connection: Connection, changes: Sequence[str]) -> dict[str, str]:
@@ -60,19 +56,9 @@ async def retry_counts(connection: Connection) -> dict[str, int]:
     return {row[0]: row[1] for row in await connection.fetch(_RETRY_COUNTS)}
 
 
-async def heartbeats(connection: Connection) -> dict[str, datetime]:
-    """Returns lane -> sending time of the last heartbeat that came out of it."""
-    return {row["lane"]: row["sent_at"] for row in await connection.fetch(_HEARTBEATS)}
-
-
-async def successors(connection: Connection, changes: Sequence[Key]) -> dict[str, str]:
-    """Returns change id -> id of a change in PostgreSQL that has this change as its base."""
-    return {row[0]: row[1] for row in await connection.fetch(_SUCCESSORS, *_columns(changes))}
-
-
-async def slugs(connection: Connection) -> dict[str, str]:
-    """Returns restaurant id -> slug."""
-    return {row[0]: row[1] for row in await connection.fetch(_RESTAURANTS)}
+async def came_through(connection: Connection, heartbeats: Sequence[str]) -> dict[str, float]:
+    """Returns id -> age in seconds of those heartbeats that have come through their lanes."""
+    return {row[0]: row[1] for row in await connection.fetch(_CAME_THROUGH, list(heartbeats))}
 
 
 def _columns(changes: Sequence[Key]) -> tuple[list[str], list[str]]:
