@@ -7,7 +7,7 @@ configures a server that belongs to the machine; apt-install.sh sees to that.
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +37,7 @@ class Programs:
 
 def ensure() -> Programs:
     """Installs the packages of missing programs (about a minute on a bare machine), and returns all programs."""
-    missing = _missing()
-    if missing:
-        if subprocess.run(["sh", str(INSTALL), *missing], check=False, stdin=subprocess.DEVNULL).returncode != 0:
-            raise PackagesMissing(f"could not install: {' '.join(missing)}")
-        if still_missing := _missing():
-            raise PackagesMissing(
-                f"packages are installed, but their programs were not found: {' '.join(still_missing)}"
-            )
+    _install(_missing)
     return Programs(
         rabbitmq_server=_required(_rabbitmq("rabbitmq-server")),
         epmd=_required(_epmd()),
@@ -52,6 +45,24 @@ def ensure() -> Programs:
         initdb=_required(_postgres("initdb")),
         redis_server=_required(_redis()),
     )
+
+
+def ensure_faketime() -> Path:
+    """Installs libfaketime, with which tests move the clock of one process, and returns its library for programs with
+    threads."""
+    _install(lambda: [] if _faketime() else ["libfaketime"])
+    return _required(_faketime())
+
+
+def _install(missing: Callable[[], list[str]]) -> None:
+    """Installs the packages that `missing` returns. Raises PackagesMissing if it still returns some."""
+    packages = missing()
+    if not packages:
+        return
+    if subprocess.run(["sh", str(INSTALL), *packages], check=False, stdin=subprocess.DEVNULL).returncode != 0:
+        raise PackagesMissing(f"could not install: {' '.join(packages)}")
+    if still_missing := missing():
+        raise PackagesMissing(f"packages are installed, but their programs were not found: {' '.join(still_missing)}")
 
 
 def _missing() -> list[str]:
@@ -87,6 +98,10 @@ def _redis() -> Path | None:
     return _on_path("redis-server") or _on_path("valkey-server")
 
 
+def _faketime() -> Path | None:
+    return next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
 def _first(candidates: Iterable[Path]) -> Path | None:
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
@@ -98,6 +113,6 @@ def _on_path(name: str) -> Path | None:
 
 
 def _required(path: Path | None) -> Path:
-    if path is None:  # the program was removed after the check
-        raise PackagesMissing("the program of a server was removed during the check")
+    if path is None:  # it was removed after the check
+        raise PackagesMissing("a program was removed during the check")
     return path

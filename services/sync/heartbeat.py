@@ -6,6 +6,9 @@ broken.
 stores it (PostgreSQL commits it, or the mirror writer applies it), which proves that the sink has everything that was
 sent before it.
 
+The clocks of two senders may differ by hours, and a clock may jump. So no decision compares the sending times: a
+heartbeat is known by its id, and its age counts from its arrival, on the monotonic clock of this process.
+
 Backend unavailable: the sender needs no PostgreSQL. A heartbeat that RabbitMQ does not confirm is dropped.
 
 Shutdown: it may be stopped at any time, because nothing has to be finished.
@@ -42,6 +45,7 @@ def log_path_of(lane: Lane) -> str:
 HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane in Lane))
 
 _MIN_FRESH_SECONDS = 2.0
+_MAX_SENT = 1_000
 _LANES_EMPTIED = "select min(sent_at) from last_heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
 _STORED = "select id::text from heartbeats where id = any($1::uuid[])"
@@ -53,6 +57,16 @@ async def stored_heartbeats(connection: Connection, ids: Collection[str]) -> set
     return {row["id"] for row in await connection.fetch(_STORED, list(ids))}
 
 
+# The last heartbeat of each lane, preceded by the last one that this process has sent.
+_LAST_STORED = """
+(
+    select distinct on (lane) lane, id::text, sent_at, at as stored_at from heartbeats where id = any($1::uuid[])
+    order by lane, xid desc, sent_at desc
+)
+union all select lane, id::text, sent_at, stored_at from last_heartbeats
+"""
+
+
 async def lanes_emptied(connection: Connection) -> datetime | None:
     """Returns a moment such that every message that was sent before it has left its lane. Returns None if a lane has no
     heartbeat yet."""
@@ -61,26 +75,23 @@ async def lanes_emptied(connection: Connection) -> datetime | None:
 
 
 class HeartbeatPath(Struct):
-    """The state of one path: into the queue of a lane, or into the log. A `datetime` is on the clock of the sender, a
-    `float` on the monotonic clock of this process."""
+    """The state of one path: into the queue of a lane, or into the log. All times are on the monotonic clock of this
+    process."""
 
     missing_since: float | None = None
     """The sending time of the oldest heartbeat that has not arrived; None if all have arrived."""
-    newest_arrived: datetime | None = None
-    """The sending time of the newest heartbeat that has arrived."""
-    arrived: float = 0.0
-    """The time at which it arrived."""
+    arrived: float | None = None
+    """The time at which the last heartbeat arrived; None if none did."""
+    proved: float = 0.0
+    """The sending time of the last heartbeat of this process that has arrived."""
     active: float = 0.0
     """The time at which the last message of any kind arrived."""
-    newest_stored: datetime | None = None
-    """The sending time of the newest heartbeat that the sink has stored."""
-    stored: float = 0.0
-    """The time at which this process learned that the sink has stored it."""
+    stored: float | None = None
+    """The time at which this process learned that the sink has stored another heartbeat; None if it has stored none."""
     lag: float = 0.0
-    """The seconds from the sending of that heartbeat until the sink had stored it."""
+    """The seconds from the sending of that heartbeat until the sink had stored it, by the clocks of both."""
     log_offset: int = -1
-    """The offset of the newest heartbeat that was read from the log. In the log the offset decides which heartbeat is
-    newer, because the clocks of two senders may differ."""
+    """The offset of the newest heartbeat that was read from the log."""
 
 
 class HeartbeatMonitor:
@@ -88,6 +99,8 @@ class HeartbeatMonitor:
         self._fresh_seconds = max(3 * settings.heartbeat_interval_seconds, _MIN_FRESH_SECONDS)
         self._paths = {name: HeartbeatPath() for name in HEARTBEAT_PATHS}
         self._idle: dict[str, Callable[[], bool]] = {}
+        self._sent: dict[str, float] = {}
+        """Id of a heartbeat of this process -> its sending time."""
         self._changed = asyncio.Event()
 
     # -- called by sender and consumers ------------------------------------------------------------------------
@@ -96,6 +109,17 @@ class HeartbeatMonitor:
         """Registers a function that returns True while the consumers of the lane are subscribed and hold no
         messages."""
         self._idle[lane.value] = idle
+
+    def sending(self, id_: str) -> None:
+        """Records that this process sends a heartbeat, before it can arrive."""
+        self._sent[id_] = time.monotonic()
+        if len(self._sent) > _MAX_SENT:
+            del self._sent[next(iter(self._sent))]
+
+    @property
+    def sent_ids(self) -> list[str]:
+        """The last heartbeats of this process, which may be in any store."""
+        return list(self._sent)
 
     def sent(self, lane: Lane) -> None:
         """Records that the broker has confirmed a heartbeat."""
@@ -107,13 +131,14 @@ class HeartbeatMonitor:
         """Records that a consumer of the lane has received a message of any kind."""
         self._paths[lane.value].active = time.monotonic()
 
-    def arrived(self, lane: Lane, sent_at: datetime) -> None:
+    def arrived(self, lane: Lane, id_: str) -> None:
         """Records that a consumer of the lane has received a heartbeat."""
-        self._arrived(self._paths[lane.value], sent_at)
+        self._note_arrival(self._paths[lane.value], id_)
 
-    def stored(self, lane: Lane, sent_at: datetime, stored_at: datetime) -> None:
-        """Records that PostgreSQL has committed the heartbeat."""
-        self._stored(self._paths[lane.value], sent_at, stored_at)
+    def stored(self, lane: Lane, id_: str, sent_at: datetime, stored_at: datetime) -> None:
+        """Records that PostgreSQL has committed another heartbeat."""
+        self._note_arrival(self._paths[lane.value], id_)
+        self._note_storing(self._paths[lane.value], sent_at, stored_at)
 
     def note_log_end(self) -> None:
         """Records that the mirror writer has read the log to its end. From now on, a heartbeat that is missing in the
@@ -128,13 +153,13 @@ class HeartbeatMonitor:
         for lane in Lane:
             self._paths[log_path_of(lane)].log_offset = -1
 
-    def arrived_in_log(self, lane: Lane, sent_at: datetime, offset: int) -> None:
+    def arrived_in_log(self, lane: Lane, id_: str, offset: int) -> None:
         """Records that the mirror writer has read a heartbeat, even if the mirror is unavailable. This proves the
         binding."""
         path = self._paths[log_path_of(lane)]
         if offset > path.log_offset:
             path.log_offset = offset
-            self._note_arrival(path, sent_at)
+            self._note_arrival(path, id_)
 
     def applied_to_mirror(self, lane: Lane, sent_at: datetime, offset: int, applied_at: datetime) -> None:
         """Records that the mirror writer has applied the log up to the heartbeat."""
@@ -153,16 +178,16 @@ class HeartbeatMonitor:
     def stale(self) -> list[str]:
         """Returns the paths of which no heartbeat has arrived for three intervals."""
         earliest = time.monotonic() - self._fresh_seconds
-        return [name for name, path in self._paths.items() if path.newest_arrived is None or path.arrived < earliest]
+        return [name for name, path in self._paths.items() if path.arrived is None or path.arrived < earliest]
 
     def ages(self) -> dict[str, float | None]:
         """Returns the seconds since each sink last stored a heartbeat; None if it never did."""
         at = time.monotonic()
-        return {name: None if path.newest_stored is None else at - path.stored for name, path in self._paths.items()}
+        return {name: None if path.stored is None else at - path.stored for name, path in self._paths.items()}
 
     def lags(self) -> dict[str, float | None]:
         """Returns the seconds from sending to storing the last heartbeat of each path; None if none was stored."""
-        return {name: None if path.newest_stored is None else path.lag for name, path in self._paths.items()}
+        return {name: None if path.stored is None else path.lag for name, path in self._paths.items()}
 
     async def prove(self, timeout: float) -> bool:
         """Waits until a heartbeat of every path has arrived that was sent after this call. Returns True then, because
@@ -173,7 +198,7 @@ class HeartbeatMonitor:
         TopologyError if there is no such reason: the heartbeat was sent, its queue is empty and has consumers, and the
         heartbeat did not arrive.
         """
-        began = now()
+        began = time.monotonic()
         for path in self._paths.values():
             path.missing_since = None
         deadline = time.monotonic() + timeout
@@ -189,10 +214,8 @@ class HeartbeatMonitor:
                 continue
         return True
 
-    def _missing(self, began: datetime) -> list[str]:
-        return [
-            name for name, path in self._paths.items() if path.newest_arrived is None or path.newest_arrived < began
-        ]
+    def _missing(self, began: float) -> list[str]:
+        return [name for name, path in self._paths.items() if path.proved < began]
 
     def _check_missing(self, missing: list[str], timeout: float) -> bool:
         quiet_seconds = min(timeout / 2, 2.0)
@@ -209,23 +232,14 @@ class HeartbeatMonitor:
         log.warning("bindings_not_proved_yet", missing=missing)
         return False
 
-    def _arrived(self, path: HeartbeatPath, sent_at: datetime) -> None:
-        # Ignore a heartbeat that is not new, because the sender reads the same row of PostgreSQL repeatedly.
-        if path.newest_arrived is None or sent_at > path.newest_arrived:
-            self._note_arrival(path, sent_at)
-
-    def _note_arrival(self, path: HeartbeatPath, sent_at: datetime) -> None:
-        path.newest_arrived, path.arrived = sent_at, time.monotonic()
-        path.active, path.missing_since = path.arrived, None
+    def _note_arrival(self, path: HeartbeatPath, id_: str) -> None:
+        path.arrived = path.active = time.monotonic()
+        path.missing_since = None
+        path.proved = max(path.proved, self._sent.get(id_, 0.0))
         self._changed.set()
 
-    def _stored(self, path: HeartbeatPath, sent_at: datetime, stored_at: datetime) -> None:
-        self._arrived(path, sent_at)
-        if path.newest_stored is None or sent_at > path.newest_stored:
-            self._note_storing(path, sent_at, stored_at)
-
     def _note_storing(self, path: HeartbeatPath, sent_at: datetime, stored_at: datetime) -> None:
-        path.newest_stored, path.stored = sent_at, time.monotonic()
+        path.stored = time.monotonic()
         path.lag = max(0.0, (stored_at - sent_at).total_seconds())
 
 
@@ -234,6 +248,8 @@ class HeartbeatSender:
         self._postgres = postgres
         self._publisher = publisher
         self._watch = watch
+        self._read: set[str] = set()
+        """The heartbeats that were read in PostgreSQL last."""
         self._interval = settings.heartbeat_interval_seconds
         self.loop = BackgroundLoop("heartbeats", self._run)
 
@@ -258,18 +274,22 @@ class HeartbeatSender:
             await asyncio.gather(looking, return_exceptions=True)
 
     async def _read_postgres(self) -> None:
-        """Reads the heartbeats that other workers have stored, because these prove the bindings too."""
+        """Reads the heartbeats that other workers have stored, because these prove the bindings too: those of this
+        process among them, and the last one of each lane."""
         try:
             async with self._postgres.connection() as connection:
-                for row in await connection.fetch("select lane, sent_at, stored_at from last_heartbeats"):
-                    if row["lane"] in set(Lane):
-                        self._watch.stored(Lane(row["lane"]), row["sent_at"], row["stored_at"])
+                rows = await connection.fetch(_LAST_STORED, self._watch.sent_ids)
+                for row in rows:
+                    if row["lane"] in set(Lane) and row["id"] not in self._read:
+                        self._watch.stored(Lane(row["lane"]), row["id"], row["sent_at"], row["stored_at"])
+                self._read = {row["id"] for row in rows}
         except Exception as error:  # noqa: BLE001  (the next round reads again)
             log.debug("heartbeats_without_postgres", error=describe(error))
 
     async def send_now(self, lane: Lane, id_: str) -> bool:
         """Sends a heartbeat through a lane and the log. Returns whether the broker has confirmed it."""
         heartbeat = Signal(id=id_, type=HEARTBEAT, time=now(), lane=lane.value)
+        self._watch.sending(id_)
         try:
             await self._publisher.publish(lane.value, encode_signal(heartbeat))
         except (NotSent, InDoubt) as error:

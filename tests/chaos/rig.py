@@ -16,7 +16,8 @@ import redis.asyncio
 
 from deploy.local.child import Child
 from deploy.local.port_check import find_free
-from tests.chaos.schedule import SERVERS, Fault, Kind
+from tests.chaos.schedule import SERVERS, WITH_CLOCK, Fault, Kind
+from tests.rigs.fake_clock import FakeClock
 from tests.rigs.http_client import http_client
 from tests.rigs.previous_release import NoHistory, write_previous_release
 from tests.rigs.proxy import FOUR_MBIT, Mode, Proxy
@@ -32,7 +33,8 @@ class ChaosRig:
     def __init__(self, servers: Servers, folder: Path, **settings: Any) -> None:
         self.servers = servers
         self.folder = folder
-        self._settings = settings
+        # The tokens of the load must not expire on a host whose clock is hours ahead.
+        self._settings = {"access_token_ttl_seconds": 86_400, **settings}
         self.proxies: dict[str, Proxy] = {}
         self.system: System
         self.other_restaurant: dict[str, Any] = {}
@@ -45,6 +47,7 @@ class ChaosRig:
         self._copying: asyncio.Task[None] | None = None
         self.restarted: Counter[str] = Counter()
         """Service -> how often it was restarted because it ended by itself."""
+        self._clocks: dict[str, FakeClock] = {}
         self.disk: Path | None = None
         """The file system of the services; None if this user may not mount one."""
         self.previous: Path | None = None
@@ -84,6 +87,9 @@ class ChaosRig:
         }
         self.system = plain
         plain.env |= {f"TICKETRAIL_{name.upper()}": url for name, url in proxied.items()}
+        for name in WITH_CLOCK:
+            self._clocks[name] = FakeClock(self.folder / f"clock-of-{name}")
+            plain.environments[name] = self._clocks[name].environment
         await plain.up()
         await self.add("second-orders", 2)
         await self._register_other_restaurant()
@@ -188,6 +194,8 @@ class ChaosRig:
                 self._fill_disk(fault)
             case Kind.OLD_RELEASE:
                 await self._replace(fault.target, self.previous)
+            case Kind.CLOCK:
+                self._clocks[fault.target].set_ahead(fault.hours * 3600)
 
     async def end(self, fault: Fault) -> None:
         match fault.kind:
@@ -208,6 +216,8 @@ class ChaosRig:
                 self._filler(fault).unlink(missing_ok=True)
             case Kind.OLD_RELEASE:
                 await self._replace(fault.target, None)
+            case Kind.CLOCK:
+                self._clocks[fault.target].set_ahead(0)
             case Kind.WIPE:
                 pass
 

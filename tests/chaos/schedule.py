@@ -20,9 +20,13 @@ class Kind(StrEnum):
     HOST_FULL = "host disk full"
     """The disk of the services is full: journals, logs and traces."""
     OLD_RELEASE = "previous release of"
+    CLOCK = "wrong clock of"
+    """The clock of a service jumps ahead or back by hours while it runs, and returns at the end."""
 
 
 SERVICES = ("orders", "second-orders", "worker", "notifier", "sync")
+WITH_CLOCK = ("orders", "second-orders", "worker")
+"""The services whose clock a fault moves."""
 SERVERS = ("postgres", "redis", "rabbitmq")
 
 # kind -> (targets, (shortest, longest) in seconds, weight)
@@ -38,7 +42,9 @@ _KINDS: dict[Kind, tuple[tuple[str, ...], tuple[float, float], int]] = {
     Kind.DISK_FULL: (("rabbitmq",), (2.0, 5.0), 1),
     Kind.HOST_FULL: (("host",), (2.0, 8.0), 1),
     Kind.OLD_RELEASE: (SERVICES, (4.0, 12.0), 2),
+    Kind.CLOCK: (WITH_CLOCK, (4.0, 15.0), 2),
 }
+_HOURS = (-3.0, -1.0, 1.0, 3.0)
 _LONG_STALL_SECONDS = 70.0
 _LONG_RUN_SECONDS = 170.0
 _PAUSE_SECONDS = (0.5, 3.0)
@@ -53,6 +59,8 @@ class Fault(Struct, frozen=True):
     kind: Kind
     target: str
     seconds: float
+    hours: float = 0.0
+    """How far a wrong clock is ahead; negative if it is behind."""
 
     @property
     def ends_at(self) -> float:
@@ -60,7 +68,8 @@ class Fault(Struct, frozen=True):
 
     def __str__(self) -> str:
         lasts = f" for {self.seconds:.1f} s" if self.seconds else ""
-        return f"{self.starts_at:6.1f} s  {self.kind} {self.target}{lasts}"
+        by = f" by {self.hours:+.0f} h" if self.hours else ""
+        return f"{self.starts_at:6.1f} s  {self.kind} {self.target}{by}{lasts}"
 
 
 def schedule(seed: int, length: float) -> list[Fault]:
@@ -76,7 +85,8 @@ def schedule(seed: int, length: float) -> list[Fault]:
     while True:
         kind = chance.choices(kinds, weights)[0]
         targets, (shortest, longest), _ = _KINDS[kind]
-        fault = Fault(round(at, 2), kind, chance.choice(targets), round(chance.uniform(shortest, longest), 2))
+        hours = chance.choice(_HOURS) if kind is Kind.CLOCK else 0.0
+        fault = Fault(round(at, 2), kind, chance.choice(targets), round(chance.uniform(shortest, longest), 2), hours)
         if fault.starts_at > length:
             return sorted(faults, key=lambda one: one.starts_at)
         same_target = [one for one in faults if one.target == fault.target]

@@ -21,7 +21,7 @@ from tests.rigs.system import SERVICES, eventually
 
 pytestmark = pytest.mark.timeout(300)
 
-SEED, SECONDS = 358100, 20.0
+SEED, SECONDS = 1963837, 20.0
 MAX_PRINTED = 50
 """The ledger prints at most this many names; its JSON, which the proof reads, has all of them."""
 # Sessions of a worker whose batch waits to insert into `changes`.
@@ -53,11 +53,12 @@ async def test_faults_at_random_times_lose_and_double_nothing(rig: ChaosRig) -> 
     faults = schedule(SEED, SECONDS)
     assert {(one.kind, one.target) for one in faults} >= {
         (Kind.KILL, "worker"),
-        (Kind.KILL, "orders"),
+        (Kind.KILL, "second-orders"),
         (Kind.FREEZE, "postgres"),
-        (Kind.LOSE, "postgres"),
+        (Kind.SLOW, "postgres"),
         (Kind.WIPE, "redis"),
         (Kind.HOST_FULL, "host"),
+        (Kind.CLOCK, "orders"),
     }
     proof = await run(rig, SEED, faults, SECONDS, clients=4)
     show(proof, SEED, len(faults))
@@ -80,6 +81,22 @@ async def test_two_releases_side_by_side_lose_and_double_nothing(rig: ChaosRig) 
         Fault(15.0, Kind.KILL, "worker", 1.0),
     ]
     proof = await run(rig, SEED, faults, 24.0, clients=4)
+    show(proof, SEED, len(faults))
+    assert proof.holds
+    assert proof.acknowledged > 20
+
+
+@pytest.mark.slow  # it is a second run of the chaos load
+async def test_wrong_clocks_of_the_orders_services_and_the_worker_lose_and_double_nothing(rig: ChaosRig) -> None:
+    faults = [
+        Fault(2.0, Kind.CLOCK, "worker", 7.0, 2.0),
+        Fault(4.0, Kind.CLOCK, "second-orders", 12.0, -2.0),
+        Fault(9.5, Kind.KILL, "worker", 0.5),
+        Fault(10.5, Kind.WIPE, "redis", 0.0),
+        Fault(14.0, Kind.CLOCK, "worker", 6.0, -3.0),
+        Fault(15.0, Kind.CLOCK, "orders", 5.0, 3.0),
+    ]
+    proof = await run(rig, SEED, faults, 22.0, clients=4)
     show(proof, SEED, len(faults))
     assert proof.holds
     assert proof.acknowledged > 20

@@ -1,10 +1,13 @@
 """Heartbeats on real servers: they prove the bindings, and the start fails if a binding is missing."""
 
 import asyncio
+from datetime import timedelta
 from itertools import count
+from uuid import uuid4
 
 from services.sync.heartbeat import log_path_of
 from shared.entities.contract import Lane, now
+from shared.entities.signal import HEARTBEAT, Signal, encode_signal
 from shared.messaging import topology
 from shared.messaging.declare import TopologyError
 from tests.rigs.postgres_writer import Rig
@@ -58,7 +61,8 @@ async def test_heartbeats_that_come_through_prove_the_bindings(rig: Rig) -> None
     async def read_the_log() -> None:
         for offset in count():
             for lane in Lane:
-                rig.watch.arrived_in_log(lane, now(), offset)
+                for id_ in rig.watch.sent_ids:
+                    rig.watch.arrived_in_log(lane, id_, offset)
             await asyncio.sleep(0.05)
 
     reading = asyncio.create_task(read_the_log())
@@ -69,6 +73,27 @@ async def test_heartbeats_that_come_through_prove_the_bindings(rig: Rig) -> None
 
     await eventually(ready, what="a worker that is ready")
     reading.cancel()
+
+
+async def test_a_worker_stays_ready_after_another_one_whose_clock_is_hours_ahead_has_ended(rig: Rig) -> None:
+    for lane in Lane:
+        ahead = Signal(id=str(uuid4()), type=HEARTBEAT, time=now() + timedelta(hours=2), lane=lane.value)
+        await rig.publisher.publish(lane.value, encode_signal(ahead))
+
+    async def of_the_other() -> int:
+        return int(await rig.database.fetchval("select count(*) from heartbeats"))
+
+    await eventually(of_the_other, what="its last heartbeats", until=lambda count: count == len(LANES))
+    # Since it has ended, no heartbeat comes.
+    await eventually(lambda: stale(rig), what="stale lanes", until=lambda stale: set(LANES) <= set(stale))
+    await rig.heartbeats.start()
+    await eventually(lambda: stale(rig), what="fresh heartbeats in every lane", until=lanes_are_fresh)
+
+    async def last() -> list[float]:
+        rows = await rig.database.fetch("select extract(epoch from sent_at - now())::float8 from last_heartbeats")
+        return [row[0] for row in rows]
+
+    await eventually(last, what="heartbeats of the remaining worker", until=lambda ahead: max(ahead) < 3600.0)
 
 
 async def test_missing_binding_is_refused_and_names_the_queue(rig: Rig) -> None:

@@ -86,6 +86,8 @@ class System:
         """The folder whose code runs; a test may set a copy of the repository."""
         self.roots: dict[str, Path] = {}
         """Service or alias -> the folder whose code it runs, if it is not `root`."""
+        self.environments: dict[str, dict[str, str]] = {}
+        """Service or alias -> more variables of its environment."""
         self.name = f"t{uuid4().hex[:10]}"
         ports = find_free(4)
         self.ports = dict(zip(SERVICES, ports, strict=True))
@@ -159,9 +161,11 @@ class System:
     def start(self, name: str, *, alias: str | None = None, **settings: object) -> None:
         """Starts a service. A second instance needs an `alias` and `settings` of its own."""
         env = {**self.env, **{f"TICKETRAIL_{key.upper()}": str(value) for key, value in settings.items()}}
-        log = self.directory / f"{alias or name}.log"
-        self.children[alias or name] = zygote.spawn(
-            SERVICES[name], log=log, env=env, cwd=self.roots.get(alias or name, self.root)
+        known_as = alias or name
+        env |= self.environments.get(known_as, {})
+        log = self.directory / f"{known_as}.log"
+        self.children[known_as] = zygote.spawn(
+            SERVICES[name], log=log, env=env, cwd=self.roots.get(known_as, self.root)
         )
 
     @asynccontextmanager

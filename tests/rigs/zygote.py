@@ -4,7 +4,8 @@ Each test process starts one such process, the zygote, on first use. The zygote 
 each request. A forked program runs as under `python -m`: with its own session, environment, folder, arguments and
 output. The program gets SIGTERM when its zygote ends, and the zygote gets SIGTERM when its test process ends.
 
-`spawn` and `run` use `python -m` instead if coverage is measured or if the program belongs to a copy of the tree.
+`spawn` and `run` use `python -m` instead if coverage is measured, if the program belongs to a copy of the tree, or if a
+library is preloaded.
 """
 
 import contextlib
@@ -45,7 +46,7 @@ _LENGTH_BYTES = 8
 
 def spawn(arguments: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: Path = ROOT) -> Child:
     """Starts `python -m ARGUMENTS`; its output is appended to `log`."""
-    if not _forks(cwd):
+    if not _forks(cwd, env):
         return Child.spawn([sys.executable, "-m", *arguments], log=log, env=env, cwd=cwd)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -54,7 +55,7 @@ def spawn(arguments: Sequence[str], *, log: Path, env: Mapping[str, str], cwd: P
 
 def run(arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path = ROOT) -> tuple[int, str, str]:
     """Runs `python -m ARGUMENTS` to its end; returns (exit code, stdout, stderr)."""
-    if not _forks(cwd):
+    if not _forks(cwd, env):
         ended = subprocess.run([sys.executable, "-m", *arguments], env=env, cwd=cwd, capture_output=True, text=True)
         return ended.returncode, ended.stdout, ended.stderr
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -68,12 +69,12 @@ def run(arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path = ROOT) -
 
 def warm_up() -> None:
     """Starts the zygote, if it will be used, without waiting for its imports."""
-    if _forks(ROOT):
+    if _forks(ROOT, {}):
         _zygote()
 
 
-def _forks(cwd: Path) -> bool:
-    return cwd == ROOT and not any(name.startswith("COV") for name in os.environ)
+def _forks(cwd: Path, env: Mapping[str, str]) -> bool:
+    return cwd == ROOT and "LD_PRELOAD" not in env and not any(name.startswith("COV") for name in os.environ)
 
 
 class ForkedProcess:

@@ -40,6 +40,12 @@ def test_a_minute_has_at_least_five_faults_and_all_kinds_and_targets_occur() -> 
     assert {one.target for one in every if one.kind is Kind.KILL} == {*SERVICES, *SERVERS}
 
 
+def test_clocks_are_moved_both_ways() -> None:
+    moved = [fault.hours for seed in SEEDS for fault in schedule(seed, 60.0) if fault.kind is Kind.CLOCK]
+    assert min(moved) < 0 < max(moved)
+    assert all(moved)
+
+
 def test_a_long_run_has_one_connection_that_stalls_for_over_a_minute() -> None:
     for seed in SEEDS:
         long = [one for one in schedule(seed, 180.0) if one.kind is Kind.STALL and one.seconds > 60.0]

@@ -86,6 +86,12 @@ def test_a_token_names_its_algorithm_and_its_key(algorithm: str) -> None:
     assert tokens(algorithm).verify(bearer(token)) == STAFF
 
 
+def test_a_token_of_a_host_whose_clock_is_ahead_is_valid() -> None:
+    ahead = int(time.time()) + 7_200
+    content = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "iat": ahead, "exp": ahead + 60}
+    assert tokens().verify(bearer(jwt.encode(content, SECRET, "HS256"))).user_id == "u1"
+
+
 @pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
 def test_a_service_with_the_public_key_verifies_and_cannot_issue(algorithm: str) -> None:
     public = Tokens.of(settings(algorithm, jwt_public_key=PUBLIC[algorithm]))

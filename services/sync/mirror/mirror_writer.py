@@ -199,7 +199,7 @@ class MirrorWriter:
                     position = await self._go_back(batch.broken)
                 for heartbeat in batch.heartbeats:
                     if heartbeat.lane in set(Lane):
-                        self._watch.arrived_in_log(Lane(heartbeat.lane), heartbeat.sent_at, heartbeat.offset)
+                        self._watch.arrived_in_log(Lane(heartbeat.lane), heartbeat.id, heartbeat.offset)
                 began = time.time_ns()
                 self._trace(await self.apply_entries(batch.entries, position, batch.last), began)
                 position = self._applied = batch.last

@@ -284,7 +284,7 @@ class Intake:
             with contextlib.suppress(BrokenContract):  # `parse_batch` reports a broken message later
                 signal = signal_in(delivery.body[1:-1])
                 if signal is not None and signal.type == HEARTBEAT and signal.lane == self.lane:
-                    self._watch.arrived(self.lane, signal.time)
+                    self._watch.arrived(self.lane, signal.id)
 
     def _forget_lost(self) -> None:
         """Forgets the messages that can no longer be settled."""

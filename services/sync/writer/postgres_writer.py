@@ -216,9 +216,8 @@ class Batcher:
         self.written += len(committed_changes)
         self.failed += len(failed)
         self.last_batch, self.last_commit_at = len(batch.changes), now()
-        heartbeat_at = max((heartbeat.time for heartbeat in batch.heartbeats), default=None)
-        if heartbeat_at is not None:
-            self._watch.stored(self.lane, heartbeat_at, self.last_commit_at)
+        for heartbeat in batch.heartbeats:
+            self._watch.stored(self.lane, heartbeat.id, heartbeat.time, self.last_commit_at)
         self._committed()
 
     def _measure(self, batch: WriteBatch, ended: int, seconds: float) -> None:

@@ -79,10 +79,12 @@ create table heartbeats (
     xid xid8 not null default pg_current_xact_id(),
     at timestamptz not null default now()
 );
-create index heartbeats_of_lane on heartbeats (lane, sent_at desc);
+create index heartbeats_of_lane on heartbeats (lane, xid desc, sent_at desc);
 create index heartbeats_by_time on heartbeats (at);
+-- The last one is the one that was committed last: its sender's clock may be behind or ahead by hours.
 create view last_heartbeats as
-    select distinct on (lane) lane, id, sent_at, at as stored_at from heartbeats order by lane, sent_at desc;
+    select distinct on (lane) lane, id, sent_at, at as stored_at from heartbeats
+    order by lane, xid desc, sent_at desc;
 
 -- Tables for readers: the current state of every entity.
 create table orders (
