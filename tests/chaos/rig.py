@@ -17,16 +17,21 @@ import redis.asyncio
 from deploy.local.child import Child
 from deploy.local.port_check import find_free
 from tests.chaos.schedule import SERVERS, WITH_CLOCK, Fault, Kind
+from tests.rigs.database_failover import DatabaseFailover
 from tests.rigs.fake_clock import FakeClock
 from tests.rigs.http_client import http_client
+from tests.rigs.mirror_pair import MirrorPair
+from tests.rigs.power_cut import PowerCut
 from tests.rigs.previous_release import NoHistory, write_previous_release
 from tests.rigs.proxy import FOUR_MBIT, Mode, Proxy
 from tests.rigs.servers import Server, Servers
+from tests.rigs.servers.processes import folder_of
 from tests.rigs.system import System, eventually
 
 _DISK_SIZE = "128m"
 _COPY_INTERVAL_SECONDS = 2.5
 COPY_AGE_SECONDS = 10.0
+_UNREPLICATED_SECONDS = 1.0
 
 
 class ChaosRig:
@@ -37,6 +42,9 @@ class ChaosRig:
         self._settings = {"access_token_ttl_seconds": 86_400, **settings}
         self.proxies: dict[str, Proxy] = {}
         self.system: System
+        self.mirror: MirrorPair
+        self._standby: DatabaseFailover
+        self._power_cut: PowerCut
         self.other_restaurant: dict[str, Any] = {}
         """A second restaurant: `id`, `token`, `dish`."""
         self._more: dict[str, dict[str, object]] = {}
@@ -58,12 +66,15 @@ class ChaosRig:
     async def up(self) -> None:
         ports = {
             "postgres": self.servers.postgres.port,
-            "redis": self.servers.redis.port,
             "rabbitmq": self.servers.rabbitmq.port,
         }
         for name, port in ports.items():
             self.proxies[name] = Proxy(port)
             await self.proxies[name].start()
+        self._standby = DatabaseFailover(self.servers, self.proxies["postgres"])
+        self._power_cut = PowerCut(self.servers, self._new_folder("power-cut"))
+        self.mirror = MirrorPair(self.servers, self.proxies)
+        await self.mirror.start()
         try:
             self.previous = await asyncio.to_thread(write_previous_release, self._new_folder("previous-release"))
         except NoHistory as error:
@@ -82,7 +93,7 @@ class ChaosRig:
         }
         proxied = {
             **databases,
-            "redis_url": self._through_proxy("redis", self.servers.redis.url),
+            "redis_url": self.mirror.through_proxies(),
             "rabbitmq_url": self._through_proxy("rabbitmq", plain.rabbitmq_url),
         }
         self.system = plain
@@ -112,6 +123,7 @@ class ChaosRig:
         await asyncio.gather(*(self.system.stop(name) for name in list(self.system.children)))
         for proxy in self.proxies.values():
             await proxy.stop()
+        await self.mirror.stop()
         if self.disk is not None:
             await asyncio.to_thread(self._unmount, self.disk)
 
@@ -187,6 +199,14 @@ class ChaosRig:
                 await self._wipe()
             case Kind.ROLL_BACK:
                 await asyncio.to_thread(self._with_copies_locked, self._roll_back)
+            case Kind.MIRROR_FAILOVER:
+                self.mirror.stall()
+            case Kind.DATABASE_FAILOVER:
+                await self._standby.begin()
+            case Kind.POWER_CUT:
+                await asyncio.to_thread(self._with_copies_locked, self._power_cut.copy)
+            case Kind.MIRROR_FAILBACK:
+                await self.mirror.switch_over(lost_seconds=_UNREPLICATED_SECONDS)
             case Kind.DISK_FULL:
                 self._fill_disk(fault)
                 self.proxies["rabbitmq"].set(Mode.REFUSE)
@@ -209,6 +229,16 @@ class ChaosRig:
                 self.proxies[fault.target].set(Mode.FORWARD)
             case Kind.ROLL_BACK:
                 await asyncio.to_thread(self._server("redis").start)
+            case Kind.MIRROR_FAILOVER:
+                await self.mirror.fail_over()
+                await asyncio.to_thread(self.mirror.replica.start)
+                await self.mirror.replicate()
+            case Kind.MIRROR_FAILBACK:
+                await self.mirror.switch_over(lost_seconds=_UNREPLICATED_SECONDS)
+            case Kind.DATABASE_FAILOVER:
+                await self._standby.fail_over()
+            case Kind.POWER_CUT:
+                await asyncio.to_thread(self._with_copies_locked, self._power_cut.cut)
             case Kind.DISK_FULL:
                 self._filler(fault).unlink(missing_ok=True)
                 self.proxies["rabbitmq"].set(Mode.FORWARD)
@@ -256,13 +286,6 @@ class ChaosRig:
         async with redis.asyncio.from_url(self.servers.redis.url, socket_timeout=5) as mirror:
             await mirror.flushall()
 
-    @property
-    def _redis_folder(self) -> Path:
-        # `kill` is a bound method of the local server (tests/rigs/servers/processes.py), which knows its folder.
-        kill: Any = self.servers.redis.kill
-        found: Path = kill.__self__.directory
-        return found
-
     async def _copy_periodically(self) -> None:
         while True:
             await asyncio.to_thread(self._with_copies_locked, self._copy)
@@ -275,7 +298,7 @@ class ChaosRig:
     def _copy(self) -> None:
         copy = self.folder / f"redis-{time.monotonic():.2f}"
         try:
-            shutil.copytree(self._redis_folder, copy)
+            shutil.copytree(folder_of(self.servers.redis), copy)
         except (OSError, shutil.Error):  # Redis rewrote a file during the copy; the next copy succeeds
             shutil.rmtree(copy, ignore_errors=True)
             return
@@ -287,8 +310,8 @@ class ChaosRig:
         """Replaces the data of Redis by a copy that is about ten seconds old."""
         self.servers.redis.kill()
         _, copy = self._copies[0]
-        shutil.rmtree(self._redis_folder)
-        shutil.copytree(copy, self._redis_folder)
+        shutil.rmtree(folder_of(self.servers.redis))
+        shutil.copytree(copy, folder_of(self.servers.redis))
 
     def _filler(self, fault: Fault) -> Path:
         return (self.disk or self.folder) / f"filler-{fault.kind.name.lower()}"

@@ -27,7 +27,9 @@ async def run(rig: ChaosRig, seed: int, faults: Sequence[Fault], seconds: float,
     async def cause(fault: Fault) -> None:
         await asyncio.sleep(max(0.0, began + fault.starts_at - time.monotonic()))
         # A target has one fault at a time: a server that is killed during its start looks like one that cannot start.
-        async with locks[fault.target]:
+        async with contextlib.AsyncExitStack() as held:
+            for target in sorted(fault.targets):  # in one order, so that two faults never wait for each other
+                await held.enter_async_context(locks[target])
             print(fault, flush=True)
             faulty.add(fault.target)
             await rig.begin(fault)

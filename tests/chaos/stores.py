@@ -85,7 +85,7 @@ async def read_stores(rig: ChaosRig) -> StoreContents:
         conflicts = await connection.fetch("select entity_id::text, version from conflicts where resolved_at is null")
         repeated = await connection.fetch(_SELECT_REPEATED_NUMBERS)
         dead = await connection.fetch(_SELECT_DEAD)
-    logged = await _logged(rig)
+    logged = await read_log(rig)
     return StoreContents(
         changes=changes,
         payments=payments,
@@ -127,7 +127,8 @@ def _payments(state: dict[str, Any]) -> tuple[str, ...]:
     return tuple(one["id"] for one in state.get("payments") or ())
 
 
-async def _logged(rig: ChaosRig) -> list[OrderChange]:
+async def read_log(rig: ChaosRig) -> list[OrderChange]:
+    """Returns every change of an order in the change log, including repeats."""
     found: list[OrderChange] = []
     end = asyncio.Event()
     async with await aio_pika.connect(rig.system.rabbitmq_url) as connection:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -13,10 +14,10 @@ from tests.chaos.load import Load
 from tests.chaos.proof import check_answers
 from tests.chaos.rig import ChaosRig
 from tests.chaos.run import run, show
-from tests.chaos.schedule import Fault, Kind, schedule
+from tests.chaos.schedule import RARE, Fault, Kind, schedule
 from tests.chaos.stores import read_stores
 from tests.rigs.servers import Servers
-from tests.rigs.servers.processes import with_own_redis
+from tests.rigs.servers.processes import prepare, with_own_redis
 from tests.rigs.system import SERVICES, eventually
 
 pytestmark = pytest.mark.timeout(300)
@@ -30,6 +31,20 @@ select a.pid from pg_locks l join pg_stat_activity a using (pid)
 where l.database = (select oid from pg_database where datname = current_database())
     and l.relation = 'changes'::regclass and l.mode = 'RowExclusiveLock' and not l.granted
 """
+
+
+@pytest.fixture
+async def own(tmp_path: Path) -> AsyncIterator[ChaosRig]:
+    """A system on servers of its own, local processes whose files a fault may put back."""
+    servers = await asyncio.to_thread(prepare)
+    rig = ChaosRig(servers, tmp_path)
+    await asyncio.to_thread(servers.start_all)
+    try:
+        await rig.up()
+        yield rig
+    finally:
+        await rig.down()
+        await asyncio.to_thread(servers.stop_all)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +65,7 @@ async def rig(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Asy
 
 
 async def test_faults_at_random_times_lose_and_double_nothing(rig: ChaosRig) -> None:
-    faults = schedule(SEED, SECONDS)
+    faults = schedule(SEED, SECONDS, without=RARE)
     assert {(one.kind, one.target) for one in faults} >= {
         (Kind.KILL, "worker"),
         (Kind.KILL, "second-orders"),
@@ -97,6 +112,43 @@ async def test_wrong_clocks_of_the_orders_services_and_the_worker_lose_and_doubl
         Fault(15.0, Kind.CLOCK, "orders", 5.0, 3.0),
     ]
     proof = await run(rig, SEED, faults, 22.0, clients=4)
+    show(proof, SEED, len(faults))
+    assert proof.holds
+    assert proof.acknowledged > 20
+
+
+@pytest.mark.slow  # it starts servers of its own, and waits for the ledger loop
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param(
+            [
+                Fault(3.0, Kind.MIRROR_FAILOVER, "redis", 2.0),
+                Fault(9.0, Kind.MIRROR_FAILBACK, "redis", 8.0),
+                Fault(12.0, Kind.KILL, "worker", 1.0),
+            ],
+            id="mirror",
+        ),
+        pytest.param(
+            [
+                Fault(3.0, Kind.DATABASE_FAILOVER, "postgres", 3.0),
+                Fault(14.0, Kind.DATABASE_FAILOVER, "postgres", 2.0),
+                Fault(15.0, Kind.KILL, "worker", 1.0),
+            ],
+            id="database",
+        ),
+        pytest.param(
+            [
+                Fault(3.0, Kind.POWER_CUT, "machine", 3.0),
+                Fault(4.0, Kind.KILL, "orders", 1.0),
+                Fault(16.0, Kind.POWER_CUT, "machine", 2.0),
+            ],
+            id="power",
+        ),
+    ],
+)
+async def test_servers_that_lose_their_last_writes_lose_and_double_nothing(own: ChaosRig, faults: list[Fault]) -> None:
+    proof = await run(own, SEED, faults, 24.0, clients=4)
     show(proof, SEED, len(faults))
     assert proof.holds
     assert proof.acknowledged > 20

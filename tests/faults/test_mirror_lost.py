@@ -11,7 +11,6 @@ import pytest
 from tests.chaos.rig import COPY_AGE_SECONDS
 from tests.rigs.outage import (
     Outage,
-    ask,
     assert_no_version_claimed_twice,
     under_load,
     wait_acknowledged,
@@ -71,7 +70,7 @@ async def test_a_killed_and_later_wiped_redis_loses_nothing(outage: Outage) -> N
         await wait_acknowledged(load, 10, kind="changed")
         async with postgres_behind(outage):
             await wait_acknowledged(load, 10, kind="changed")
-            await ask(outage.servers.redis, "FLUSHALL")
+            await outage.servers.redis.command("FLUSHALL")
             assert (await outage.create())["subtotal"] == 1_999
             await outage.assert_refuses_changes(order)
         await outage.warm()
@@ -108,7 +107,7 @@ async def test_a_failover_to_a_replica_without_the_last_writes_loses_nothing(out
         await wait_acknowledged(load, 40)
         async with postgres_behind(outage):
             await wait_acknowledged(load, 10, kind="changed")
-            await outage.fail_over(lost_seconds=2.0)
+            await outage.mirror.fail_over(lost_seconds=2.0)
             order = load.acknowledged[-1].order
             assert (await outage.create())["subtotal"] == 3_333
             await outage.assert_refuses_changes(order)
@@ -116,24 +115,24 @@ async def test_a_failover_to_a_replica_without_the_last_writes_loses_nothing(out
         await outage.warm()
         await wait_acknowledged(load, 10, kind="changed")
         # The old server comes back and also says that it is a primary: a new connection must choose the warm one.
-        await asyncio.to_thread(outage.replica.start)
+        await asyncio.to_thread(outage.mirror.replica.start)
         await outage.restart("second-orders")
         await wait_acknowledged(load, 20, kind="changed")
     await wait_and_prove(outage, load)
     await assert_no_version_claimed_twice(outage)
-    await outage.replicate()  # the usual repair: the old server becomes a replica of the new one
+    await outage.mirror.replicate()  # the usual repair: the old server becomes a replica of the new one
 
 
 async def test_a_failover_and_a_failback_to_a_server_that_never_stopped_lose_nothing(outage: Outage) -> None:
     """The first server keeps its run id, and each promotion gives the data another replication id."""
     async with under_load(outage, 5) as load:
         await wait_acknowledged(load, 40)
-        first = await ask(outage.servers.redis, "INFO", "server")
+        first = await outage.servers.redis.command("INFO", "server")
         for _ in range(2):
-            await outage.switch_over(lost_seconds=1.0)
+            await outage.mirror.switch_over(lost_seconds=1.0)
             await wait_acknowledged(load, 10, kind="created")
             await outage.warm()
             await wait_acknowledged(load, 10, kind="changed")
-        assert (await ask(outage.servers.redis, "INFO", "server"))["run_id"] == first["run_id"]
+        assert (await outage.servers.redis.command("INFO", "server"))["run_id"] == first["run_id"]
     await wait_and_prove(outage, load)
     await assert_no_version_claimed_twice(outage)

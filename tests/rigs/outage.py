@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import redis.asyncio
 
 from deploy.local.child import Child
 from tests.chaos.idle import wait_until_idle
@@ -17,72 +16,28 @@ from tests.chaos.load import Load
 from tests.chaos.proof import Proof, prove
 from tests.chaos.rig import ChaosRig
 from tests.chaos.schedule import SERVERS
-from tests.rigs.proxy import Mode, Proxy
-from tests.rigs.servers import Redis, Server, Servers
-from tests.rigs.servers.processes import local_redis, with_own_redis
+from tests.rigs.servers import Server, Servers
+from tests.rigs.servers.processes import with_own_redis
 from tests.rigs.system import eventually
 
 
 class Outage(ChaosRig):
-    """A system whose mirror has a primary and a replica. The setting names both; the replica replicates through a
-    proxy."""
+    """A system with a Redis of its own."""
 
     def __init__(self, shared: Servers, folder: Path, **settings: Any) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="ticketrail-outage-"))
-        self.replica = local_redis(self._local)
         super().__init__(with_own_redis(shared, self._local), folder, **{"mirror_settle_seconds": 3.0, **settings})
 
     async def up(self) -> None:
-        for one in (self.servers.redis, self.replica):
-            await asyncio.to_thread(one.start)
-        self.proxies["replica"] = Proxy(self.replica.port)
-        await self.proxies["replica"].start()
-        await self.replicate()
+        await asyncio.to_thread(self.servers.redis.start)
         await super().up()
 
     async def down(self) -> None:
         await super().down()
         await asyncio.to_thread(self.servers.rabbitmq.delete_vhost, self.system.name)
         await asyncio.to_thread(self.servers.postgres.drop_database, self.system.name)
-        for one in (self.servers.redis, self.replica):
-            await asyncio.to_thread(one.discard)
+        await asyncio.to_thread(self.servers.redis.discard)
         shutil.rmtree(self._local, ignore_errors=True)
-
-    def _through_proxy(self, name: str, url: str) -> str:
-        through = super()._through_proxy(name, url)
-        return f"{through},{super()._through_proxy('replica', url)}" if name == "redis" else through
-
-    async def replicate(self) -> None:
-        if "replication" in self.proxies:
-            await self.proxies["replication"].stop()
-        self.proxies["replication"] = Proxy(self.servers.redis.port)
-        await self.proxies["replication"].start()
-        await ask(self.servers.redis, "CONFIG", "SET", "repl-diskless-sync-delay", 0)
-        await ask(self.replica, "REPLICAOF", "127.0.0.1", self.proxies["replication"].port)
-
-        async def linked() -> bool:
-            info = await ask(self.replica, "INFO", "replication")
-            return bool(info["role"] == "slave" and info["master_link_status"] == "up")
-
-        await eventually(linked, what="a replica in sync")
-
-    async def fail_over(self, *, lost_seconds: float) -> None:
-        """Stalls the replication for `lost_seconds`, so that the replica lacks the last writes. Then kills the primary
-        and promotes the replica. From then on the proof reads the new primary."""
-        self.proxies["replication"].set(Mode.LOSE)
-        await asyncio.sleep(lost_seconds)
-        await asyncio.to_thread(self.servers.redis.kill)
-        await ask(self.replica, "REPLICAOF", "NO", "ONE")
-        self.servers.redis, self.replica = self.replica, self.servers.redis
-
-    async def switch_over(self, *, lost_seconds: float) -> None:
-        """Stalls the replication for `lost_seconds`, and promotes the replica. The old primary, which never stops,
-        becomes its replica."""
-        self.proxies["replication"].set(Mode.LOSE)
-        await asyncio.sleep(lost_seconds)
-        await ask(self.replica, "REPLICAOF", "NO", "ONE")
-        self.servers.redis, self.replica = self.replica, self.servers.redis
-        await self.replicate()
 
     async def kill_and_roll_back(self) -> None:
         await asyncio.to_thread(self._with_copies_locked, self._roll_back)
@@ -143,11 +98,6 @@ class Outage(ChaosRig):
         reply = await self.call("PUT", f"/api/orders/{order}", {"notes": "refused"})
         assert reply.status_code == 503, f"{reply.status_code} {reply.text}"
         assert int(reply.headers["retry-after"]) > 0
-
-
-async def ask(server: Redis, *command: object) -> Any:
-    async with redis.asyncio.from_url(server.url, socket_timeout=5, decode_responses=True) as client:
-        return await client.execute_command(*command)
 
 
 @asynccontextmanager

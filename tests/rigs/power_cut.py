@@ -1,15 +1,16 @@
-"""A RabbitMQ of its own for a test that cuts the power: the files of its streams are put back to an earlier state, as a
-disk has them that did not get the last writes. Quorum queues are flushed before a confirm, so their files stay."""
+"""Power cuts: the files of the streams, and of Redis, are put back to an earlier state, as a disk has them that did not
+get the last writes. Quorum queues and PostgreSQL flush before they confirm, so their files stay."""
 
 import asyncio
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deploy.local import packages
 from deploy.local import servers as local
 from deploy.local.port_check import find_free
 from tests.rigs.servers import RabbitMQ, Servers
-from tests.rigs.servers.processes import LocalProcess
+from tests.rigs.servers.processes import LocalProcess, folder_of
 from tests.rigs.system import eventually
 
 
@@ -49,18 +50,58 @@ class OwnBroker(Servers):
 
         await eventually(lambda: asyncio.to_thread(written), what="the stream coordinator on disk")
 
-    def _streams(self) -> Path:
-        (found,) = (path for path in self.folder.rglob("stream") if path.is_dir())
-        return found
-
     async def copy_streams(self) -> None:
         """Copies what the disk has of all streams now."""
-        await asyncio.to_thread(shutil.copytree, self._streams(), self.folder.parent / "streams")
+        await asyncio.to_thread(_copy_tree, _streams(self.folder), self.folder.parent / "streams")
 
     async def cut_power(self) -> None:
         """Kills RabbitMQ, puts the copied files of the streams back, and starts it again."""
         await asyncio.to_thread(self.rabbitmq.kill)
-        streams = self._streams()
-        await asyncio.to_thread(shutil.rmtree, streams)
-        await asyncio.to_thread(shutil.move, self.folder.parent / "streams", streams)
+        await asyncio.to_thread(_put_back, self.folder.parent / "streams", _streams(self.folder))
         await asyncio.to_thread(self.rabbitmq.start)
+
+
+class PowerCut:
+    """Cuts the power of the machine on which all servers run, as local processes."""
+
+    def __init__(self, servers: Servers, folder: Path) -> None:
+        """`folder`: keeps the copies."""
+        self._servers = servers
+        self._folder = folder
+
+    def copy(self) -> None:
+        """Copies what the disk has of the streams and of Redis now."""
+        _copy_tree(_streams(folder_of(self._servers.rabbitmq)), self._folder / "streams")
+        _copy_tree(folder_of(self._servers.redis), self._folder / "redis")
+
+    def cut(self) -> None:
+        """Kills all servers, puts the copied files back, and starts the servers again."""
+        rabbitmq, redis = self._servers.rabbitmq, self._servers.redis
+        every = (rabbitmq, redis, self._servers.postgres)
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda server: server.kill(), every))
+        _put_back(self._folder / "streams", _streams(folder_of(rabbitmq)))
+        _put_back(self._folder / "redis", folder_of(redis))
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(lambda server: server.start(), every))
+
+
+def _streams(folder: Path) -> Path:
+    (found,) = (path for path in folder.rglob("stream") if path.is_dir())
+    return found
+
+
+def _copy_tree(source: Path, copy: Path) -> None:
+    """Copies a folder whose files a server may remove meanwhile: then the copy is made again."""
+    while True:
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            shutil.copytree(source, copy)
+        except (FileNotFoundError, shutil.Error):
+            continue
+        return
+
+
+def _put_back(copy: Path, place: Path) -> None:
+    shutil.rmtree(place)
+    shutil.move(copy, place)

@@ -52,6 +52,11 @@ class Proxy:
         self.set(Mode.REFUSE)
         await asyncio.gather(*self._links, return_exceptions=True)
 
+    def lead_to(self, port: int) -> None:
+        """Closes all connections. New ones lead to the server at this port."""
+        self._port = port
+        self._hang_up()
+
     def set(self, mode: Mode, *, delay: float = 0.0, bandwidth: int | None = None) -> None:
         was, self._mode, self.delay, self.bandwidth = self._mode, mode, delay, bandwidth
         if mode is Mode.REFUSE or (was is Mode.LOSE and mode is not Mode.LOSE):

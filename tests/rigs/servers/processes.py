@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deploy.local import packages, servers
 from deploy.local.port_check import find_free
-from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Servers
+from tests.rigs.servers import PostgreSQL, RabbitMQ, Redis, Server, Servers
 
 
 class LocalProcess:
@@ -24,6 +24,19 @@ class LocalProcess:
             self.server.stop()
         else:
             self.server.kill()
+
+
+def local_server(server: Server) -> servers.Server:
+    """Returns the local process behind a server. Raises TypeError if it runs in a container."""
+    lifecycle = getattr(server.kill, "__self__", None)
+    if not isinstance(lifecycle, servers.Server):
+        raise TypeError(f"{server} is not a local process")
+    return lifecycle
+
+
+def folder_of(server: Server) -> Path:
+    """Returns the folder with the data of a local process."""
+    return local_server(server).directory.resolve()
 
 
 def local_redis(folder: Path, *arguments: str) -> Redis:

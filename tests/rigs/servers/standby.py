@@ -117,17 +117,22 @@ class Replication:
 
     async def caught_up(self, standby: Standby) -> None:
         """Waits until the standby has replayed everything that the present primary has written."""
-        primary = await asyncpg.connect(self.now.superuser_url)
-        other = await asyncpg.connect(standby.superuser_url)
-        try:
-            end = await primary.fetchval("select pg_current_wal_lsn()::text")
-            replayed = "select pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
-            await eventually(lambda: other.fetchval(replayed, end), what="the standby at the end of the primary")
-        finally:
-            await primary.close()
-            await other.close()
+        await caught_up(self.now, standby)
 
     def discard(self) -> None:
         for server in (self.primary, *self._standbys):
             server.thaw()
             server.stop()
+
+
+async def caught_up(primary: servers.PostgreSQL, standby: Standby) -> None:
+    """Waits until the standby has replayed everything that the primary has written."""
+    connection = await asyncpg.connect(primary.superuser_url)
+    other = await asyncpg.connect(standby.superuser_url)
+    try:
+        end = await connection.fetchval("select pg_current_wal_lsn()::text")
+        replayed = "select pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
+        await eventually(lambda: other.fetchval(replayed, end), what="the standby at the end of the primary")
+    finally:
+        await connection.close()
+        await other.close()
