@@ -101,13 +101,15 @@ async def commit(rig: Rig, made: Change) -> None:
     await write_batch(rig.database, [DecodedChange(entity.lane, entity, made, state)], timeout_seconds=5.0)
 
 
+@pytest.mark.parametrize("empty", [True, False], ids=["no data yet", "with data"])
 async def test_mirror_of_a_new_system_does_not_wait_for_the_settle_period_and_a_lost_one_does(
-    make_mirrored: Any, redis: Redis
+    make_mirrored: Any, redis: Redis, empty: bool
 ) -> None:
-    mirrored = await make_mirrored(mirror_settle_seconds=3_600)
-    made = await written(mirrored)
+    mirrored: MirrorRig = await make_mirrored(mirror_settle_seconds=3_600)
+    if not empty:
+        await written(mirrored)
     await wipe(mirrored, redis)
-    await mirrored.shown(made)
+    await eventually(mirrored.mirror.feed_position, what="a filled mirror")
     await stays_cold(mirrored)
 
 
@@ -329,12 +331,18 @@ async def assert_known(mirrored: MirrorRig, *made: Change) -> None:
         assert reply == HeadMoved(one.head, None)
 
 
-async def test_wiped_mirror_knows_the_keyed_creations_that_left_the_live_window(
-    mirrored: MirrorRig, redis: Redis
+@pytest.mark.parametrize("lost", ["everything", "its position"])
+async def test_lost_mirror_knows_the_keyed_creations_that_left_the_live_window(
+    mirrored: MirrorRig, redis: Redis, lost: str
 ) -> None:
+    await knows_keys(mirrored, redis)
     made = await stored_and_left(mirrored)
     await commit(mirrored.rig, change(order(items=1, **OLD_ORDER)))
-    await wipe(mirrored, redis)
+    if lost == "everything":
+        await wipe(mirrored, redis)
+    else:
+        await redis.command("DEL", keys.LOG, keys.WARM)
+        await mirrored.cold()
     await mirrored.warm()
     await knows_keys(mirrored, redis)
     await assert_known(mirrored, *made)

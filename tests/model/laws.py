@@ -1,10 +1,10 @@
 """Promises 1 to 5 of the design as laws about a world.
 
-law 1  a commit that returned is in the broker's log or in a journal
+law 1  a commit that returned is in the broker's lanes or in a journal
 law 2  a reader of the mirror then sees its change, unless the commit said `visible: false` or the mirror was lost
 law 3  no reader ever sees a commit that raised ClaimLost or Unavailable, also not after all claims are finished
 law 4  in one life of a mirror a version is recorded by one change; a fork needs a lost mirror (or a creation made
-       without one) whose change was not in the log when the next mirror became warm. No number is given twice
+       without one) whose change was not in the lanes when the next mirror became warm. No number is given twice
 law 5  whatever the order and repetition, PostgreSQL and the mirror end with the same states, made of exactly the
        recorded changes; one change id has one content
 
@@ -34,11 +34,11 @@ def check_always(world: World) -> None:
     for attempt in world.attempts:
         if done := attempt.committed:
             assert done.head.change_id in sent, (
-                f"law 1: {attempt.tag} was acknowledged and is neither in the log nor in a journal"
+                f"law 1: {attempt.tag} was acknowledged and is neither in the lanes nor in a journal"
             )
         if found := attempt.standing:
             assert found.head.change_id in sent, (
-                f"law 1: {attempt.tag} was answered with a state that is neither in the log nor in a journal"
+                f"law 1: {attempt.tag} was answered with a state that is neither in the lanes nor in a journal"
             )
     for id_, head in world.shown.items():
         assert id_ in documents, f"law 2: {id_} was acknowledged as visible and is not there"
@@ -109,7 +109,7 @@ def _check_forks(world: World, recorded: list[Change]) -> None:
             lives, others = claimed_in[one.id], claimed_in[other.id]
             assert not lives & others, f"law 4: {id_} version {version} was claimed twice in life {lives & others}"
             for life in others:
-                known = world.in_log_when_warm.get(life, set())
+                known = world.in_lanes_when_warm.get(life, set())
                 assert one.id not in known, f"law 4: {id_} version {version} was given again in life {life}"
 
 
@@ -129,7 +129,7 @@ def _check_numbers(recorded: list[Change]) -> None:
 
 def _check_stores(world: World, recorded: dict[str, Change]) -> None:
     contents: dict[str, bytes] = {}
-    for change in changes_in(*world.broker.log):
+    for change in changes_in(*world.broker.lanes):
         after = bytes(change.data.after)
         assert contents.setdefault(change.id, after) == after, f"law 5: {change.id} has two contents"
     for attempt in world.attempts:

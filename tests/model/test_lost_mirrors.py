@@ -76,3 +76,19 @@ def test_claim_whose_owner_died_is_finished_although_the_clock_has_jumped(machin
     machine.clock_of_the_mirror_jumps(hours=hours)
     finish(machine)
     assert len(machine.world.broker.recorded()) == 1
+
+
+def test_change_that_log_and_mirror_lost_in_a_power_cut_keeps_its_version(machine: RailMachine) -> None:
+    machine.commits_undisturbed(at=0, kind="create", id_=FIRST)
+    machine.world.run(machine.world.follow(1))
+    machine.world.take_snapshot()
+    machine.commits_undisturbed(at=0, kind="update", id_=FIRST)
+    machine.commits_undisturbed(at=1, kind="create", id_=ENTITIES[1])
+    machine.laws_hold()
+    machine.world.cut_power(2)
+    machine.mirror_becomes_warm(leave=False)
+    machine.commits_undisturbed(at=1, kind="update", id_=FIRST)
+    machine.commits_undisturbed(at=0, kind="create", id_=ENTITIES[2])
+    found = machine.world.run(machine.world.present(FIRST))
+    assert found is not None and found[0].version == 3
+    finish(machine)

@@ -172,10 +172,10 @@ class RailMachine(RuleBasedStateMachine):
         late = self.world.gate.late
         self.world.run(late.pop(nth % len(late)).do())
 
-    @precondition(lambda self: self.world.broker.log)
+    @precondition(lambda self: self.world.broker.lanes)
     @rule(sink=st.sampled_from(["mirror writer", "mirror, again", "postgres"]), nth=nths)
     def a_sink_takes_messages(self, sink: str, nth: int) -> None:
-        changes = changes_in(self.world.broker.log[nth % len(self.world.broker.log)])
+        changes = changes_in(self.world.broker.lanes[nth % len(self.world.broker.lanes)])
         if sink == "mirror writer":
             self.world.run(self.world.follow(nth + 1))
         elif sink == "postgres":
@@ -183,9 +183,14 @@ class RailMachine(RuleBasedStateMachine):
         else:
             self.world.run(self.world.instances[0].reveal(*changes))
 
-    @rule(how=st.sampled_from(["copied", "wiped", "flushed", "as it is", "stale", "stale", "restored"]))
-    def mirror_is_lost(self, how: str) -> None:
-        if how == "wiped":
+    @rule(
+        how=st.sampled_from(["copied", "wiped", "flushed", "as it is", "stale", "stale", "restored", "power cut"]),
+        messages=st.integers(1, 4),
+    )
+    def mirror_is_lost(self, how: str, messages: int) -> None:
+        if how == "power cut":
+            self.world.cut_power(messages)
+        elif how == "wiped":
             self.world.lose_mirror()
         elif how == "flushed":
             self.world.flush_mirror()
@@ -260,8 +265,8 @@ class RailMachine(RuleBasedStateMachine):
                 self.world.run(step.do())
 
     def deliver_everything_somehow(self) -> None:
-        log = self.world.broker.log
-        messages = log + self.random.sample(log, len(log) // 2)
+        lanes = self.world.broker.lanes
+        messages = lanes + self.random.sample(lanes, len(lanes) // 2)
         self.random.shuffle(messages)
         self.world.postgres.take(changes_in(*messages))
         self.random.shuffle(messages)
@@ -305,5 +310,6 @@ def assert_reached(seen: Counter[str]) -> None:
     required |= {"commit: broker, visible", "commit: broker, not visible", "commit: journal, visible"}
     required |= {"commit: replayed", "commit: exists", "commit: ClaimLost", "commit: Unavailable"}
     required |= {"commit: OutcomeUnknown", "crash", "fork", "clock jumps by -2 h", "clock jumps by 2 h", "restored"}
+    required |= {"power cut", "broken position"}
     required |= {f"claim: {reply}" for reply in ("Claimed", "Cold", "Busy", "Stale", "HeadMoved")}
     assert not (missing := required - {name for name, count in seen.items() if count}), f"never happened: {missing}"

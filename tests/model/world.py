@@ -19,6 +19,7 @@ from shared.entities.entity import Entity
 from shared.errors import Unavailable
 from shared.mirror.claim_replies import Claimed, Stale
 from shared.mirror.identity import mirror_identity
+from shared.mirror.mirror import NOTHING_APPLIED
 from shared.rail.draft import Draft
 from shared.rail.head import Standing
 from shared.rail.idempotency import Creations
@@ -124,8 +125,8 @@ class World:
         self.life, self.warm = 1, False
         self.claimed_in: dict[str, set[int]] = defaultdict(set)
         """Change -> the lives of the mirror in which it was claimed."""
-        self.in_log_when_warm: dict[int, set[str]] = {}
-        """Life of the mirror -> the changes in the log when it became warm."""
+        self.in_lanes_when_warm: dict[int, set[str]] = {}
+        """Life of the mirror -> the changes in the lanes when it became warm."""
         self.shown: dict[str, Head] = {}
         """Entity -> the largest head that a commit called visible since the mirror was last lost."""
         self.snapshot: Copy | None = None
@@ -256,6 +257,13 @@ class World:
         self._mirror_is_lost()
         return True
 
+    def cut_power(self, messages: int) -> None:
+        """The change log loses its last messages, and the mirror comes back with an older copy. The lanes lose
+        nothing."""
+        self.broker.lose_end(messages)
+        self.lose_mirror(self.snapshot or ())
+        self.seen["power cut"] += 1
+
     def _mirror_is_lost(self) -> None:
         self.life += 1
         self.warm = False
@@ -267,18 +275,26 @@ class World:
         self.snapshot_offset = position.offset if position is not None else -1
 
     async def follow(self, count: int) -> None:
-        """Reads on from the mirror's offset, as the mirror writer does; fills an empty mirror from PostgreSQL first."""
-        at = await self.mirror.log_position() or await self.postgres.fill(self.mirror)
-        await read_log(self._writer, self.broker.log, at, count)
+        """Reads on from the mirror's position, as the mirror writer does. Fills the mirror from PostgreSQL first if it
+        is empty, or if it is cold and the log does not prove its position."""
+        at = await self.mirror.log_position()
+        if at is not None and at != NOTHING_APPLIED and not self.broker.proves(at):
+            self.seen["broken position"] += 1
+            assert await self.mirror.go_back(at, NOTHING_APPLIED)
+            at = NOTHING_APPLIED if self.warm else None
+        await read_log(self._writer, self.broker.log, at or await self.postgres.fill(self.mirror), count)
 
     async def stamp(self) -> None:
-        """Reads the log to its end and makes the mirror warm."""
+        """Makes the mirror warm, by the steps of the warm-up: the log is read to its end, the lanes have delivered to
+        PostgreSQL, and the mirror has what PostgreSQL has."""
         await self.follow(len(self.broker.log))
+        self.postgres.take(self.broker.recorded().values())
+        await self.postgres.tell(self.mirror)
         at = await self.mirror.log_position()
         assert at is not None
         await self.server.warm(at, mirror_identity(self.life, builders.CREATED_AT))
         self.warm = True
-        self.in_log_when_warm[self.life] = set(self.broker.recorded())
+        self.in_lanes_when_warm[self.life] = set(self.broker.recorded())
 
     async def mark_stale(self, nth: int) -> Stale | None:
         await self.server.age_claims()

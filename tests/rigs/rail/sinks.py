@@ -15,7 +15,7 @@ from shared.entities.contract import Change
 from shared.entities.entity import Entity
 from shared.messaging.log import LogEntry
 from shared.messaging.position import LogPosition, checksum
-from shared.mirror.mirror import NOTHING_APPLIED, Mirror
+from shared.mirror.mirror import NOTHING_APPLIED, Apply, Mirror
 from shared.mirror.stored_heads import StoredHead
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
@@ -42,11 +42,10 @@ def mirror_writer(settings: Settings, mirror: Mirror, *, postgres: Postgres | No
     return MirrorWriter(settings, postgres, mirror, nothing, watch, tracer, WriterMetrics(Metrics()))
 
 
-async def read_log(writer: MirrorWriter, log: Sequence[bytes], at: LogPosition, count: int) -> LogPosition:
+async def read_log(writer: MirrorWriter, log: Sequence[LogEntry], at: LogPosition, count: int) -> LogPosition:
     """The mirror writer reads up to `count` messages after `at`, which the mirror has reached. Returns its new
     position."""
-    for offset, body in enumerate(log[at.offset + 1 :][:count], at.offset + 1):
-        entry = LogEntry(LogPosition(offset, checksum(body)), "critical", body)
+    for entry in log[at.offset + 1 :][:count]:
         await writer.apply_entries([entry], at, entry.position)
         at = entry.position
     return at
@@ -102,6 +101,12 @@ class PostgresModel:
     async def fill(self, mirror: Mirror) -> LogPosition:
         """Fills an empty mirror, as the mirror writer does from the tables."""
         await mirror.begin_log()
-        stored = [applied(one, "stored") for one in self.heads.values()]
-        assert await mirror.apply(stored, at=NOTHING_APPLIED) is not None
+        assert await mirror.apply(self._stored(), at=NOTHING_APPLIED) is not None
         return NOTHING_APPLIED
+
+    async def tell(self, mirror: Mirror) -> None:
+        """Brings a mirror to what the tables have, as the feed loop does."""
+        assert await mirror.apply(self._stored()) is not None
+
+    def _stored(self) -> list[Apply]:
+        return [applied(one, "stored") for one in self.heads.values()]
