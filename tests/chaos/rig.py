@@ -239,6 +239,7 @@ class ChaosRig:
                 await self._standby.fail_over()
             case Kind.POWER_CUT:
                 await asyncio.to_thread(self._with_copies_locked, self._power_cut.cut)
+                await asyncio.to_thread(self._power_cut.return_power)
             case Kind.DISK_FULL:
                 self._filler(fault).unlink(missing_ok=True)
                 self.proxies["rabbitmq"].set(Mode.FORWARD)

@@ -154,12 +154,15 @@ async def test_a_mirror_that_lost_its_end_shows_what_postgres_has_and_forks_noth
     async def change(notes: str) -> int:
         async with system.client() as client:
             reply = await client.put(f"/api/orders/{order_id}", json={"notes": notes})
+        unanswered.extend([notes] * (reply.status_code == 504))
         assert reply.status_code == 200, reply.text
         return int(reply.json()["data"]["version"])
 
     async def stored_version() -> int | None:
         return (await system.stored_orders()).get(order_id)
 
+    unanswered: list[str] = []
+    """Changes that were answered 504, so they may count."""
     order_id = (await create())["id"]
     await eventually(read, what="a synced order", until=lambda seen: seen == (1, "synced"))
     await asyncio.to_thread(cut.copy)
@@ -168,13 +171,17 @@ async def test_a_mirror_that_lost_its_end_shows_what_postgres_has_and_forks_noth
     await eventually(stored_version, what="version 2 in PostgreSQL", until=lambda version: version == 2)
 
     await asyncio.to_thread(cut.cut)
+    # From now on, somebody tries to change the order. It is refused until the mirror is warm again. Whatever is
+    # accepted then follows version 2.
+    trying = asyncio.create_task(eventually(lambda: change("after the cut"), what="an accepted change", within=150))
+    await asyncio.to_thread(cut.return_power)
     for name in system.children:
         await system.ready(name)
     numbers += [(await create())["order_number"] for _ in range(5)]
-    # 503 until the mirror is warm again. Whatever is accepted then follows version 2.
-    assert await eventually(lambda: change("after the cut"), what="an accepted change", within=90) == 3
+    accepted = await trying
+    assert 3 <= accepted <= 3 + len(unanswered)
     numbers += [(await create())["order_number"] for _ in range(5)]
-    await eventually(read, what="the synced order", until=lambda seen: seen == (3, "synced"))
+    await eventually(read, what="the synced order", until=lambda seen: seen == (accepted, "synced"))
     assert len(set(numbers)) == len(numbers)
 
     # The ledger loop publishes to the log what it has lost, and every store has every change once.

@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.local import packages
 from deploy.local import servers as local
 from deploy.local.port_check import find_free
-from tests.rigs.servers import RabbitMQ, Servers
+from tests.rigs.servers import RabbitMQ, Server, Servers
 from tests.rigs.servers.processes import LocalProcess, folder_of
 from tests.rigs.system import eventually
 
@@ -74,16 +74,21 @@ class PowerCut:
         _copy_tree(_streams(folder_of(self._servers.rabbitmq)), self._folder / "streams")
         _copy_tree(folder_of(self._servers.redis), self._folder / "redis")
 
+    @property
+    def _every(self) -> tuple[Server, ...]:
+        return self._servers.rabbitmq, self._servers.redis, self._servers.postgres
+
     def cut(self) -> None:
-        """Kills all servers, puts the copied files back, and starts the servers again."""
-        rabbitmq, redis = self._servers.rabbitmq, self._servers.redis
-        every = (rabbitmq, redis, self._servers.postgres)
+        """Kills all servers and puts the copied files back."""
         with ThreadPoolExecutor() as threads:
-            list(threads.map(lambda server: server.kill(), every))
-        _put_back(self._folder / "streams", _streams(folder_of(rabbitmq)))
-        _put_back(self._folder / "redis", folder_of(redis))
+            list(threads.map(lambda server: server.kill(), self._every))
+        _put_back(self._folder / "streams", _streams(folder_of(self._servers.rabbitmq)))
+        _put_back(self._folder / "redis", folder_of(self._servers.redis))
+
+    def return_power(self) -> None:
+        """Starts all servers again."""
         with ThreadPoolExecutor() as threads:
-            list(threads.map(lambda server: server.start(), every))
+            list(threads.map(lambda server: server.start(), self._every))
 
 
 def _streams(folder: Path) -> Path:
