@@ -306,8 +306,8 @@ class Settings(BaseSettings):
     )
     lost_message_seconds: PositiveFloat = WORKER.setting(
         300.0,
-        "The reconciler records a change again when the change has been pending, and every lane empty, for this time; "
-        "the reconciler looks for such changes at the same interval.",
+        "A change that is pending in the mirror for this time, and that neither the ledger nor a dead letter explains, "
+        "is recorded again.",
         unit="seconds",
     )
     cleanup_interval_seconds: PositiveFloat = WORKER.setting(

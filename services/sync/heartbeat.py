@@ -46,7 +46,6 @@ HEARTBEAT_PATHS = (*(lane.value for lane in Lane), *(log_path_of(lane) for lane 
 
 _MIN_FRESH_SECONDS = 2.0
 _MAX_SENT = 1_000
-_LANES_EMPTIED = "select min(sent_at) from last_heartbeats where lane = any($1) having count(*) = cardinality($1)"
 
 _STORED = "select id::text from heartbeats where id = any($1::uuid[])"
 
@@ -65,13 +64,6 @@ _LAST_STORED = """
 )
 union all select lane, id::text, sent_at, stored_at from last_heartbeats
 """
-
-
-async def lanes_emptied(connection: Connection) -> datetime | None:
-    """Returns a moment such that every message that was sent before it has left its lane. Returns None if a lane has no
-    heartbeat yet."""
-    found: datetime | None = await connection.fetchval(_LANES_EMPTIED, [lane.value for lane in Lane])
-    return found
 
 
 class HeartbeatPath(Struct):

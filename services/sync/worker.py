@@ -70,6 +70,7 @@ def assemble(settings: Settings) -> WorkerParts:
     mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
     watch = HeartbeatMonitor(settings)
     feed_loop = FeedLoop(settings, postgres, mirror)
+    ledger_loop = LedgerLoop(settings, postgres, publisher)
     mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics)
     return WorkerParts(
         settings,
@@ -80,8 +81,8 @@ def assemble(settings: Settings) -> WorkerParts:
         PostgresWriter(settings, postgres, publisher, watch, tracer, writer_metrics, committed=feed_loop.wake),
         mirror_writer,
         feed_loop,
-        LedgerLoop(settings, postgres, publisher),
-        Reconciler(settings, postgres, mirror, rail),
+        ledger_loop,
+        Reconciler(settings, postgres, mirror, rail, ledger_loop),
         DeadLetterCollector(settings, postgres, writer_metrics),
         Replays(settings, postgres, mirror_writer, publisher),
         Thresholds(settings, mirror),

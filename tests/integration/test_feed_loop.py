@@ -261,7 +261,7 @@ async def test_old_document_that_postgres_has_lost_is_not_trimmed(rig: Rig) -> N
     await delete(rig, lost)
     nothing: Any = None
     rail: Any = type("NoRail", (), {"claim_finisher": nothing})
-    assert await Reconciler(rig.settings, rig.postgres, rig.mirror, rail).trim() == 1
+    assert await Reconciler(rig.settings, rig.postgres, rig.mirror, rail, rail).trim() == 1
     assert await document(rig, kept) is None
     await shows(rig, lost, pending=True)
 

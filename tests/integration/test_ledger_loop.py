@@ -142,7 +142,7 @@ async def test_commits_deleted_behind_a_settled_mirror_come_back_and_are_never_t
     await rigged.delete(lost)
     nothing: Any = None
     rail: Any = type("NoRail", (), {"claim_finisher": nothing})
-    reconciler = Reconciler(rig.settings, rig.postgres, rig.mirror, rail)
+    reconciler = Reconciler(rig.settings, rig.postgres, rig.mirror, rail, rigged.ledger)
     assert await reconciler.trim() == 0
     assert await document(rig, lost) is not None
     rigged.ledger.start()

@@ -19,7 +19,6 @@ from benchmarks.history import DAYS, History, fill
 from services.orders import audit
 from services.orders.derived_figures import DerivedFigures
 from services.orders.entity_reads import EntityReads
-from services.sync.maintenance.version_gaps import list_gaps
 from services.sync.mirror.sync_status import sync_status
 from services.sync.writer.upsert import write_batch
 from shared.entities import customer, menu_item, order
@@ -279,21 +278,6 @@ async def test_holds_before_the_recount_are_not_read(database: Database, mode: s
     _by_index([plan])
     assert plan.read("order_holds") <= of_thirty_days * 1.1
     assert plan.read("orders") <= of_thirty_days * 1.1
-
-
-@pytest.mark.parametrize("mode", MODES)
-async def test_gaps_are_searched_in_the_changes_of_one_hour(database: Database, mode: str) -> None:
-    # The hour lies four days back, because the history of the last two days has only creations.
-    until = 4 * 24 * 60
-
-    async def work() -> None:
-        async with database.writer.connection() as connection:
-            assert await list_gaps(connection, older_minutes=until, younger_minutes=until + 60) == []
-
-    (plan,) = await database.plans(work, mode)
-    _by_index([plan])
-    of_an_hour = RESTAURANTS * ORDERS_PER_RESTAURANT * 2 / DAYS / 24
-    assert 0 < plan.read("changes") <= 5 * of_an_hour, plan.text
 
 
 async def _rows(connection: Any, table: str) -> list[str]:

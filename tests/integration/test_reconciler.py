@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,7 +12,6 @@ from uuid import uuid4
 import pytest
 
 from services.sync.command_session import CommandSession
-from services.sync.heartbeat import lanes_emptied
 from services.sync.maintenance.lost_messages import LostMessages
 from services.sync.maintenance.reconciler import Reconciler
 from services.sync.writer.upsert import DecodedChange, write_batch
@@ -31,12 +30,22 @@ from tests.rigs.system import System, eventually, settings_of
 LOST_MESSAGE_SECONDS = 1.0
 
 
+class Steady:
+    """A ledger that has led for `seconds`, and knows these changes."""
+
+    def __init__(self, seconds: float = 3_600.0, *changes: str) -> None:
+        self.steady_seconds = seconds
+        self.changes = changes
+
+    def knows(self, change_id: str) -> bool:
+        return change_id in self.changes
+
+
 @pytest.fixture(scope="module")
-async def patient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
-    """A system that records lost changes again after a second. It has one consumer for each lane. With two
-    consumers, a heartbeat could overtake orders that the other consumer commits only after that second."""
+async def impatient(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """A system that records lost changes again after a second."""
     own_redis = await asyncio.to_thread(servers.extra_redis)
-    settings = {"lost_message_seconds": LOST_MESSAGE_SECONDS, "reconcile_interval_seconds": 0.2, "lane_consumers": 1}
+    settings = {"lost_message_seconds": LOST_MESSAGE_SECONDS, "reconcile_interval_seconds": 0.2}
     system = System(servers, tmp_path_factory.mktemp("heal"), redis=own_redis, **settings)
     try:
         await system.up("orders", "worker")
@@ -64,41 +73,34 @@ async def versions(restaurant: RestaurantRig, ids: list[str]) -> list[list[int]]
     return [found.get(id_, []) for id_ in ids]
 
 
-async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are_not(patient: System) -> None:
-    restaurant = await register_restaurant(patient)
+async def test_change_in_no_place_is_recorded_again_and_one_that_the_ledger_knows_is_not(impatient: System) -> None:
+    restaurant = await register_restaurant(impatient)
     dish = (await restaurant.dish())["id"]
     await eventually(lambda: stored_dish(restaurant, dish), what="the dish in PostgreSQL")
-    await patient.stop("worker")
-
-    behind = await place(restaurant, 3, dish)
-    async with reconciler_of(patient) as reconciler:
-        # The orders must be much older than the threshold.
-        await asyncio.sleep(2 * LOST_MESSAGE_SECONDS)
-        assert await reconciler.lost_messages.record_again() == 0, (
-            "the orders were recorded again, although the lanes were not empty"
-        )
-    patient.start("worker")
-    await patient.ready("worker")
-    await eventually(
-        lambda: versions(restaurant, behind), what="the waiting orders", until=lambda found: found == [[1]] * 3
-    )
-
-    await patient.stop("worker")
-    lost = await place(restaurant, 3, dish)
+    await impatient.stop("worker")
+    purged = await place(restaurant, 3, dish)
     async with restaurant.client() as staff:
-        paid = made(await staff.post(f"/api/orders/{lost[0]}/payments", json={"amount": 300, "method": "card"}))
-    queue = f"/api/queues/{quote(patient.name)}/{lane_queue(Lane.CRITICAL)}/contents"
-    await asyncio.to_thread(ask, patient.servers.rabbitmq.management_url, "DELETE", queue)
-    patient.start("worker")
-    await patient.ready("worker")
+        paid = made(await staff.post(f"/api/orders/{purged[0]}/payments", json={"amount": 300, "method": "card"}))
+    queue = f"/api/queues/{quote(impatient.name)}/{lane_queue(Lane.CRITICAL)}/contents"
+    await asyncio.to_thread(ask, impatient.servers.rabbitmq.management_url, "DELETE", queue)
+    nowhere = await pending(restaurant, count=2)
+    impatient.start("worker")
+    await impatient.ready("worker")
     await eventually(
-        lambda: versions(restaurant, lost),
-        within=30,
+        lambda: versions(restaurant, nowhere),
+        within=60,
         what="the orders as new versions",
-        until=lambda found: found == [[3], [2], [2]],
+        until=lambda found: found == [[2], [2]],
+    )
+    # The ledger sends these to their lane again; they have waited for longer than the others.
+    await eventually(
+        lambda: versions(restaurant, purged),
+        within=90,
+        what="the orders of the purged lane",
+        until=lambda found: found == [[1, 2], [1], [1]],
     )
     async with restaurant.client() as staff:
-        for id_, version in zip(lost, (3, 2, 2), strict=True):
+        for id_, version in zip([*purged, *nowhere], (2, 1, 1, 2, 2), strict=True):
 
             async def seen(id_: str = id_) -> dict[str, Any]:
                 found: dict[str, Any] = expect(await staff.get(f"/api/orders/{id_}"))
@@ -108,17 +110,14 @@ async def test_changes_of_a_purged_queue_are_recorded_again_and_waiting_ones_are
                 seen, what="the state `synced`", until=lambda found: found["sync"]["state"] == "synced"
             )
             assert found["version"] == version
-    async with patient.database() as connection:
-        rows = await connection.fetch("select source, actor, lane from changes where entity_id = any($1::uuid[])", lost)
-        payments = await connection.fetch("select id::text, amount from payments where order_id = $1", lost[0])
+    async with impatient.database() as connection:
+        rows = await connection.fetch(
+            "select source, actor, lane from changes where entity_id = any($1::uuid[])", nowhere
+        )
+        payments = await connection.fetch("select id::text, amount from payments where order_id = $1", purged[0])
         assert await connection.fetchval("select count(*) from conflicts where restaurant_id = $1", restaurant.id) == 0
     assert {tuple(row) for row in rows} == {("sync", "reconciler", "critical")}
     assert [tuple(row) for row in payments] == [(paid["payment"]["id"], 300)]
-    # By now the reconciler has checked the late orders several times.
-    assert await versions(restaurant, behind) == [[1]] * 3
-    assert await versions(restaurant, lost) == [[3], [2], [2]], (
-        "an order was recorded again more than once, or not at all"
-    )
 
 
 async def stored_dish(restaurant: RestaurantRig, dish: str) -> bool:
@@ -127,10 +126,14 @@ async def stored_dish(restaurant: RestaurantRig, dish: str) -> bool:
 
 
 @asynccontextmanager
-async def reconciler_of(system: System, **settings: Any) -> AsyncIterator[Reconciler]:
-    """A reconciler in this process, for a system whose worker is stopped or not involved."""
-    async with CommandSession(settings_of(system, **settings)) as session:
-        yield Reconciler(session.settings, session.postgres, session.mirror, session.rail)
+async def lost_messages_of(
+    system: System, clock: Callable[[], float], ledger: Steady | None = None
+) -> AsyncIterator[LostMessages]:
+    """Lost messages of this process, for a system whose worker is not involved. They wait for 60 seconds."""
+    async with CommandSession(settings_of(system, lost_message_seconds=60.0)) as session:
+        yield LostMessages(
+            session.settings, session.postgres, session.mirror, session.rail, ledger or Steady(), clock=clock
+        )
 
 
 async def pending(restaurant: RestaurantRig, *, count: int = 1, age: float = 120, **fields: Any) -> list[str]:
@@ -160,71 +163,96 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
     """Changes that were accepted while RabbitMQ was unavailable are old when it returns, but they wait in a journal."""
     restaurant = await register_restaurant(system)
     (old,) = await pending(restaurant)
-    clock = 1_000.0
-    last_heartbeats: datetime | None = now() - timedelta(minutes=10)
-
-    async def lanes_emptied() -> datetime | None:
-        return last_heartbeats
-
-    settings = settings_of(system, lost_message_seconds=60.0)
-    async with CommandSession(settings) as session:
-        lost_messages = LostMessages(
-            settings,
-            session.postgres,
-            session.mirror,
-            session.rail,
-            lanes_emptied=lanes_emptied,
-            clock=lambda: clock,
-        )
-        for pause in (0.0, 600.0):  # RabbitMQ is unavailable: no heartbeat arrives
+    clock, ledger = 1_000.0, Steady(0.0)
+    async with lost_messages_of(system, lambda: clock, ledger) as lost_messages:
+        for pause in (0.0, 600.0):  # RabbitMQ is unavailable: the log brings nothing
             clock += pause
             assert await lost_messages.record_when_due() == 0
-        last_heartbeats = now()  # RabbitMQ is back
-        for pause in (0.0, 59.0):
-            clock += pause
-            assert await lost_messages.record_when_due() == 0
-        last_heartbeats = None  # one lane has no known heartbeat any more, so the wait starts again
+        ledger.steady_seconds = 1.0  # RabbitMQ is back
+        assert await lost_messages.record_again() == 0
+        clock += 58.0
+        ledger.steady_seconds = 59.0
         assert await lost_messages.record_when_due() == 0
-        last_heartbeats = now()
-        for pause in (1.0, 59.0):
+        ledger.steady_seconds = 0.0  # another interruption, so the wait starts again
+        assert await lost_messages.record_again() == 0
+        # Between the second and the third look there was an interruption too.
+        for pause, ledger.steady_seconds in ((1.0, 1.0), (30.0, 31.0), (60.0, 1.0), (58.0, 59.0)):
             clock += pause
-            assert await lost_messages.record_when_due() == 0
+            assert await lost_messages.record_again() == 0
         assert await versions(restaurant, [old]) == [[]]
         clock += 1.0
-        assert await lost_messages.record_when_due() > 0
+        ledger.steady_seconds = 60.0
+        assert await lost_messages.record_again() > 0
     await eventually(
         lambda: versions(restaurant, [old]), what="the orders as new versions", until=lambda found: found == [[2]]
     )
 
 
-async def test_lanes_are_empty_only_after_a_heartbeat_came_through_each(system: System) -> None:
-    async with system.database("ticketrail_owner") as connection:
-        assert await lanes_emptied(connection) is not None
-        undone = connection.transaction()
-        await undone.start()
-        await connection.execute("delete from heartbeats where lane = 'background'")
-        assert await lanes_emptied(connection) is None
-        await undone.rollback()
+async def test_state_waits_from_the_moment_at_which_it_was_seen_pending(system: System) -> None:
+    restaurant = await register_restaurant(system)
+    (first,) = await pending(restaurant)
+    clock = 1_000.0
+    async with lost_messages_of(system, lambda: clock) as lost_messages:
+        assert await lost_messages.record_again() == 0
+        clock += 59.0
+        (second,) = await pending(restaurant)  # it is as old as the first one by the clock of its host
+        assert await lost_messages.record_again() == 0
+        clock += 1.0
+        assert await lost_messages.record_again() >= 1
+    await eventually(
+        lambda: versions(restaurant, [first, second]), what="the first order", until=lambda found: found == [[2], []]
+    )
 
 
-async def test_failed_young_and_unrecordable_changes_do_not_stop_the_others(system: System) -> None:
+async def test_failed_known_and_unrecordable_changes_do_not_stop_the_others(system: System) -> None:
     restaurant = await register_restaurant(system)
     (failed,) = await pending(restaurant)
-    (young,) = await pending(restaurant, age=0)
+    (known,) = await pending(restaurant)
     (broken,) = await pending(restaurant, created_at=datetime(2300, 1, 1, tzinfo=UTC))
     lost = await pending(restaurant, count=2)
     async with CommandSession(settings_of(system)) as session:
-        _, (document,) = await session.mirror.read(restaurant.id, "order", [failed])
-        assert document is not None
+        _, documents = await session.mirror.read(restaurant.id, "order", [failed, known])
+        changes = [document.head.change_id for document in documents if document is not None]
         failure = json.dumps({"error": "x", "attempts": 3, "last_attempt": now().isoformat()}).encode()
-        noted = FailedState(restaurant.id, "order", failed, document.head.change_id, failure)
+        noted = FailedState(restaurant.id, "order", failed, changes[0], failure)
         assert await session.mirror.note_failures([noted]) == []
-    async with reconciler_of(system, lost_message_seconds=30.0) as reconciler:
-        assert await reconciler.lost_messages.record_again() == 2
+    clock = 1_000.0
+    async with lost_messages_of(system, lambda: clock, Steady(3_600.0, changes[1])) as lost_messages:
+        await lost_messages.record_again()
+        clock += 60.0
+        assert await lost_messages.record_again() >= 2
     await eventually(
         lambda: versions(restaurant, lost), what="the orders as new versions", until=lambda found: found == [[2], [2]]
     )
-    assert await versions(restaurant, [failed, young, broken]) == [[], [], []]
+    assert await versions(restaurant, [failed, known, broken]) == [[], [], []]
+
+
+async def test_state_behind_postgres_is_loaded(system: System) -> None:
+    restaurant = await register_restaurant(system)
+    old = builders.order(restaurant_id=restaurant.id, notes="old")
+    first = builders.change(old)
+    second = builders.change(builders.order(restaurant_id=restaurant.id, id=old.id, notes="new"), base=first)
+    clock = 1_000.0
+    async with lost_messages_of(system, lambda: clock) as lost_messages, CommandSession(settings_of(system)) as session:
+        written = [
+            DecodedChange(Lane.CRITICAL, orders.ENTITY, one, orders.ENTITY.decode(one)) for one in (first, second)
+        ]
+        async with session.postgres.connection() as connection:
+            await write_batch(connection, written, timeout_seconds=5.0)
+        await eventually(lambda: head(session, restaurant, old.id), what="the order", until=lambda v: v == 2)
+        await session.mirror.trim(restaurant.id, "order", {old.id: second.id})
+        await session.mirror.apply([applied(first)])
+        assert await head(session, restaurant, old.id) == 1
+        await lost_messages.record_again()
+        clock += 60.0
+        await lost_messages.record_again()
+        assert await head(session, restaurant, old.id) == 2
+    assert await versions(restaurant, [old.id]) == [[1, 2]]
+
+
+async def head(session: CommandSession, restaurant: RestaurantRig, id_: str) -> int:
+    _, (document,) = await session.mirror.read(restaurant.id, "order", [id_])
+    return 0 if document is None else document.head.version
 
 
 async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(system: System) -> None:
@@ -247,7 +275,7 @@ async def test_old_open_orders_do_not_keep_older_closed_orders_in_the_mirror(sys
         async with session.postgres.connection() as connection:
             await write_batch(connection, decoded, timeout_seconds=5.0)
         await session.mirror.apply([applied(one, "stored") for one in written])
-        reconciler = Reconciler(session.settings, session.postgres, session.mirror, session.rail)
+        reconciler = Reconciler(session.settings, session.postgres, session.mirror, session.rail, Steady(0.0))
         assert await reconciler.trim() >= len(go)
         live = set(await session.mirror.live_ids(restaurant.id, "order"))
     assert live == {order.id for order in stay}

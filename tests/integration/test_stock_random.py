@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import structs
 
 from services.orders.pricing import holds
+from services.sync.ledger.ledger_loop import LedgerLoop
 from services.sync.maintenance.reconciler import Reconciler
 from shared.entities.contract import Change, now
 from shared.entities.entity import Entity
@@ -51,7 +52,8 @@ class RandomStock(StockRig):
         settings, self.pool = postgres_rig.settings, postgres_rig.postgres
         self.tables = PostgresTables(self.pool, self.mirror)
         self.writer = mirror_writer(settings, self.mirror, postgres=self.pool)
-        self.reconciler = Reconciler(settings, self.pool, self.mirror, self.rail)
+        ledger = LedgerLoop(settings, self.pool, postgres_rig.publisher)
+        self.reconciler = Reconciler(settings, self.pool, self.mirror, self.rail, ledger)
         self.state = NOTHING_APPLIED
 
     async def open(self) -> None:

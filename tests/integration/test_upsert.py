@@ -14,10 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from services.sync.maintenance.version_gaps import list_gaps
 from services.sync.writer.upsert import DecodedChange, Outcome, write_batch
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode, now
+from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode
 from shared.entities.order import Customization, Order, OrderStatus, PaymentStatus
 from shared.entities.table import DiningTable
 from shared.postgres.migrate import migrate
@@ -388,15 +387,3 @@ async def test_postgres_stores_and_returns_every_value_that_the_contract_accepts
 def _json(value: Any, *, ascii_only: bool) -> bytes:
     """Encodes as JSON, with escapes as some producers do, or without."""
     return json.dumps(value, ensure_ascii=ascii_only).encode(errors="surrogatepass")
-
-
-async def test_version_without_its_predecessor_is_a_gap_after_ten_minutes(database: Database) -> None:
-    first = change(order())
-    second = change(order(id=first.entity_id, notes="2"), base=first)
-    third = change(order(id=first.entity_id, notes="3"), base=second, time=now() - timedelta(minutes=20))
-    young = change(order(), entityversion=2, time=now() - timedelta(minutes=5))
-    await write(database, first, third, young)
-    found = await list_gaps(database, older_minutes=10, younger_minutes=70)
-    assert [(gap["entity_id"], gap["version"]) for gap in found] == [(first.entity_id, 3)]
-    await write(database, second)
-    assert await list_gaps(database, older_minutes=10, younger_minutes=70) == []

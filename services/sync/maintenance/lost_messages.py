@@ -1,27 +1,32 @@
-"""Records lost changes again: changes whose message is lost, because a queue was purged or a journal was lost.
+"""Brings the mirror and PostgreSQL together where a state stays pending in the mirror.
 
-A change counts as lost if it is pending for more than five minutes (`lost_message_seconds`) although every lane was
-empty for that long. Its state becomes a new change. While a lane has a backlog, or a journal drains after RabbitMQ was
-unavailable, no change counts as lost. Two instances may run at the same time, because only one of them can claim the
-next version. If a backend is unavailable, the call raises its error, and the next call tries again.
+A change that has been pending for five minutes (`lost_message_seconds`) is looked up. PostgreSQL has a later state: it
+is loaded. The ledger knows the change, or it is on the retry ladder or a dead letter: those see to it. In no place: its
+message is lost, and its state becomes a new change.
+
+The time runs on the monotonic clock, and only while this worker leads the ledger and has read the log to its end all
+the time: then everything that was accepted is in the log, or in a journal that drains. After an interruption it begins
+again. Two instances may run at the same time, because only one of them can claim the next version. If a backend is
+unavailable, the call raises its error, and the next call tries again.
 """
 
 import time
-from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import structlog
 
 from services.sync.failures.last_failures import last_failures
-from services.sync.heartbeat import lanes_emptied
+from services.sync.ledger import store as ledger_store
+from services.sync.mirror.stored_states import load_states
 from shared.entities import registry
 from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
-from shared.mirror.mirror import Mirror
+from shared.mirror.mirror import Document, Mirror
 from shared.mirror.stored_heads import FailedState, StoredHead
 from shared.postgres import states
-from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.postgres.pool import Postgres
 from shared.rail.commit import Rail
 from shared.rail.draft import Draft
 from shared.rail.head import Standing
@@ -30,8 +35,17 @@ from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_STATES_PER_QUERY = 500
-_MIN_HEARTBEAT_AGE_SECONDS = 2.0
+_STATES_PER_QUERY = 250
+_LOOKS_PER_WAIT = 10
+
+
+class KnownChanges(Protocol):
+    """What the leader of the ledger knows (services/sync/ledger/ledger_loop.py)."""
+
+    @property
+    def steady_seconds(self) -> float: ...
+
+    def knows(self, change_id: str) -> bool: ...
 
 
 class LostMessages:
@@ -41,112 +55,103 @@ class LostMessages:
         postgres: Postgres,
         mirror: Mirror,
         rail: Rail,
+        ledger: KnownChanges,
         *,
-        lanes_emptied: Callable[[], Awaitable[datetime | None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`lanes_emptied`: a function that returns a moment such that every message that was sent before it has left
-        its lane, or None if it is unknown; by default it reads the heartbeats in PostgreSQL. `clock`: a monotonic clock
-        in seconds."""
-        self._settings = settings
+        """`clock`: a monotonic clock in seconds."""
+        self._wait = settings.lost_message_seconds
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
-        self._lanes_emptied = lanes_emptied or self._read_lanes_emptied
+        self._ledger = ledger
         self._clock = clock
-        self._searched_at = clock()
-        self._empty_since: float | None = None
+        self._next_at = clock()
+        self._pending: dict[tuple[str, str, float], float] = {}
+        """(entity, id, time of its state) of each pending state -> when it was first seen."""
 
     async def record_when_due(self) -> int:
-        """Records lost changes again if every lane has been empty for `lost_message_seconds`, and if the last search is
-        as long ago. Must be called in every round, to know since when the lanes are empty. Returns the number of
-        changes that were recorded again."""
-        try:
-            emptied = await self._lanes_emptied()
-        except UNAVAILABLE:
-            self._empty_since = None
-            raise
-        began = self._clock()
-        if emptied is None or (now() - emptied).total_seconds() > self._max_heartbeat_age:
-            self._empty_since = None
+        """Looks at the pending states if the last time is long enough ago. Returns the number of changes that were
+        recorded again."""
+        if self._clock() < self._next_at:
             return 0
-        if self._empty_since is None:
-            self._empty_since = began
-        if began - max(self._empty_since, self._searched_at) < self._settings.lost_message_seconds:
-            return 0
-        self._searched_at = began
+        self._next_at = self._clock() + self._wait / _LOOKS_PER_WAIT
         return await self.record_again()
 
-    @property
-    def _max_heartbeat_age(self) -> float:
-        """The age, in seconds, up to which the last heartbeat of a lane shows that the lane is empty."""
-        return (
-            max(_MIN_HEARTBEAT_AGE_SECONDS, 3 * self._settings.heartbeat_interval_seconds)
-            + self._settings.reconcile_interval_seconds
-        )
-
     async def record_again(self) -> int:
-        """Records lost changes again and returns their number. Operators decide about failed changes."""
-        emptied = await self._lanes_emptied()
-        if emptied is None:
+        """Looks at the pending states, and records those again that are lost. Returns their number."""
+        at, recorded = self._clock(), 0
+        known, self._pending = self._pending, {}
+        # What waited before the log was read to its end may have been in a journal.
+        begin = at - self._ledger.steady_seconds
+        if begin >= at:
             return 0
-        before = min(emptied, now()) - timedelta(seconds=self._settings.lost_message_seconds)
-        recorded = 0
         for restaurant in await self._mirror.restaurant_ids():
             for entity in registry.ENTITIES.values():
                 ids = await self._mirror.pending_ids(restaurant, entity.name)
-                for start in range(0, len(ids), _STATES_PER_QUERY):
-                    recorded += await self._record_again(
-                        restaurant, entity, ids[start : start + _STATES_PER_QUERY], before.timestamp()
-                    )
+                overdue = []
+                accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
+                for id_, state_at in zip(ids, accepted, strict=True):
+                    if state_at is None:
+                        continue
+                    key = (entity.name, id_, state_at)
+                    self._pending[key] = max(known.get(key, at), begin)
+                    if at - self._pending[key] >= self._wait:
+                        overdue.append(id_)
+                for start in range(0, len(overdue), _STATES_PER_QUERY):
+                    block = overdue[start : start + _STATES_PER_QUERY]
+                    recorded += await self._record_again(restaurant, entity, block)
         return recorded
 
-    async def _record_again(self, restaurant: str, entity: Entity, ids: list[str], before: float) -> int:
-        accepted = await self._mirror.accepted_at(restaurant, entity.name, ids)
-        old = [id_ for id_, at in zip(ids, accepted, strict=True) if at is not None and at <= before]
-        if not old:
-            return 0
-        _, documents = await self._mirror.read(restaurant, entity.name, old)
+    async def _record_again(self, restaurant: str, entity: Entity, ids: Sequence[str]) -> int:
+        _, found = await self._mirror.read(restaurant, entity.name, ids)
+        documents = {id_: one for id_, one in zip(ids, found, strict=True) if one is not None}
+        changes = {id_: one.head.change_id for id_, one in documents.items()}
+        # The ledger is asked first: what it forgets is in PostgreSQL by then, or dead.
+        known = {change for change in changes.values() if self._ledger.knows(change)}
         async with self._postgres.connection() as connection:
-            head = await states.heads(connection, entity, restaurant, old)
-            changes = [(restaurant, document.head.change_id) for document in documents if document is not None]
-            failures = await last_failures(connection, changes)
-        await self._mirror.settle([StoredHead(restaurant, entity.name, id_, one) for id_, one in head.items()])
+            failures = await last_failures(connection, [(restaurant, change) for change in changes.values()])
+            dead = await ledger_store.dead(connection, list(changes.values()))
+            heads = await states.heads(connection, entity, restaurant, ids)
+            stored = [StoredHead(restaurant, entity.name, id_, head) for id_, head in heads.items()]
+            behind = await self._mirror.settle(stored)
+            if behind:
+                await load_states(self._mirror, connection, [stored[place] for place in behind])
         await self._mirror.note_failures(
             [
                 FailedState(restaurant, entity.name, id_, change, encode(failures[change]))
-                for id_, document in zip(old, documents, strict=True)
-                if document is not None and (change := document.head.change_id) in failures
+                for id_, change in changes.items()
+                if change in failures
             ]
         )
         recorded = 0
-        for id_, document in zip(old, documents, strict=True):
-            if document is None or not document.pending or document.failure or document.head.change_id in failures:
+        for id_, document in documents.items():
+            change = changes[id_]
+            if not document.pending or document.failure or change in known or change in failures or change in dead:
                 continue
-            if id_ in head and head[id_] >= document.head:
+            if id_ in heads and heads[id_] >= document.head:
                 continue
-            state = entity.decode_state(document.state)
-            draft = Draft(
-                entity=entity,
-                event="updated",
-                state=state,
-                base=Standing(document.head, state, document.state),
-                at=now(),
-                source="sync",
-                actor="reconciler",
-            )
-            try:
-                await self._rail.commit(draft)
-            except ClaimLost:
-                continue  # another change came first, and it carries the whole state
-            except (InvalidInput, OutOfStock) as error:
-                # This change would be refused every time, so continue with the others.
-                log.error("not_recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
-                continue
-            recorded += 1
-            log.error("recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant)
+            recorded += await self._record(restaurant, entity, id_, document)
         return recorded
 
-    async def _read_lanes_emptied(self) -> datetime | None:
-        async with self._postgres.connection() as connection:
-            return await lanes_emptied(connection)
+    async def _record(self, restaurant: str, entity: Entity, id_: str, document: Document) -> bool:
+        state = entity.decode_state(document.state)
+        draft = Draft(
+            entity=entity,
+            event="updated",
+            state=state,
+            base=Standing(document.head, state, document.state),
+            at=now(),
+            source="sync",
+            actor="reconciler",
+        )
+        try:
+            await self._rail.commit(draft)
+        except ClaimLost:
+            return False  # another change came first, and it carries the whole state
+        except (InvalidInput, OutOfStock) as error:
+            # This change would be refused every time, so continue with the others.
+            log.error("not_recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant, error=str(error))
+            return False
+        log.error("recorded_again", entity=entity.name, id=id_, restaurant_id=restaurant)
+        return True

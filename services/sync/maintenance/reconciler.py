@@ -2,9 +2,8 @@
 
 - It finishes stale claims: it records and reveals the claimed change (shared/rail/claim_finisher.py).
 - It sets the sync state `conflict` in the mirror (mirror/open_conflicts.py).
-- It records lost changes again (lost_messages.py).
+- It loads or records again what stays pending in the mirror (lost_messages.py); only the leader of the ledger does.
 - It restores payments that a fork left out (conflicts/forked_payments.py).
-- It reports versions whose predecessor has been missing for ten minutes (version_gaps.py).
 - It removes documents that have left the live window from the mirror, after it has asked PostgreSQL for each of them,
   and adds new restaurants.
 
@@ -19,8 +18,7 @@ from datetime import datetime, timedelta
 import structlog
 
 from services.sync.conflicts.forked_payments import ForkedPayments
-from services.sync.maintenance.lost_messages import LostMessages
-from services.sync.maintenance.version_gaps import report_gaps
+from services.sync.maintenance.lost_messages import KnownChanges, LostMessages
 from services.sync.mirror.open_conflicts import OpenConflicts
 from shared.entities import registry
 from shared.entities.contract import Head, encode, now
@@ -44,14 +42,16 @@ _MAX_TRIM_QUERIES = 20
 
 
 class Reconciler:
-    def __init__(self, settings: Settings, postgres: Postgres, mirror: Mirror, rail: Rail) -> None:
+    def __init__(
+        self, settings: Settings, postgres: Postgres, mirror: Mirror, rail: Rail, ledger: KnownChanges
+    ) -> None:
         self._settings = settings
         self._postgres = postgres
         self._mirror = mirror
         self._rail = rail
         self._forked_payments = ForkedPayments(postgres, mirror, rail)
         self.open_conflicts = OpenConflicts(postgres, mirror)
-        self.lost_messages = LostMessages(settings, postgres, mirror, rail)
+        self.lost_messages = LostMessages(settings, postgres, mirror, rail, ledger)
         self.loop = BackgroundLoop("reconciler", self._run)
         self._trimmed_at = 0.0
 
@@ -81,7 +81,6 @@ class Reconciler:
         if time.monotonic() - self._trimmed_at >= _TRIM_INTERVAL_SECONDS:
             self._trimmed_at = time.monotonic()
             await self._keep_restaurants()
-            await report_gaps(self._postgres)
             await self.trim()
 
     async def _keep_restaurants(self) -> None:

@@ -34,7 +34,7 @@ from msgspec import Struct
 
 from services.sync.failures.classification import describe
 from services.sync.failures.last_failures import new_failures
-from services.sync.mirror.stored_states import STATES_PER_SCRIPT, Rewind, readable_states
+from services.sync.mirror.stored_states import STATES_PER_SCRIPT, Rewind, load_states
 from shared.backoff import backoff
 from shared.entities import registry
 from shared.entities.contract import Head, encode, now
@@ -191,19 +191,7 @@ class FeedLoop:
             if not behind:
                 return
             # A request may reveal the same state meanwhile, which makes it pending, so settle these again.
-            entities = await self._load(connection, [entities[place] for place in behind])
-
-    async def _load(self, connection: Connection, entities: Sequence[StoredHead]) -> list[StoredHead]:
-        """Writes the states of PostgreSQL to the mirror, and returns what it has written."""
-        written = []
-        for name, entity in registry.ENTITIES.items():
-            ids = [(one.restaurant_id, one.id) for one in entities if one.entity == name]
-            found = await states.find_states(connection, entity, ids) if ids else []
-            applied = readable_states(entity, found)
-            if applied:
-                await self._mirror.apply(applied)
-                written += [StoredHead(one.state.restaurant_id, name, one.state.id, one.head) for one in applied]
-        return written
+            entities = await load_states(self._mirror, connection, [entities[place] for place in behind])
 
     async def _check_all(self, connection: Connection) -> None:
         """Compares all documents with PostgreSQL: marks those as pending that PostgreSQL lacks, and loads newer

@@ -6,8 +6,10 @@ import structlog
 from msgspec import structs
 
 from services.sync.failures.classification import describe
+from shared.entities import registry
 from shared.entities.entity import Entity
-from shared.mirror.mirror import Apply
+from shared.mirror.mirror import Apply, Mirror
+from shared.mirror.stored_heads import StoredHead
 from shared.postgres import states
 from shared.postgres.pool import Connection
 from shared.postgres.states import StoredState
@@ -37,6 +39,18 @@ def readable_states(entity: Entity, found: Sequence[StoredState]) -> list[Apply]
         except Exception as error:  # noqa: BLE001  (the log names it, and the newer release loads it)
             log.error("state_not_loaded", entity=entity.name, change_id=stored.head.change_id, error=describe(error))
     return readable
+
+
+async def load_states(mirror: Mirror, connection: Connection, entities: Sequence[StoredHead]) -> list[StoredHead]:
+    """Writes the states of PostgreSQL to the mirror, and returns what it has written."""
+    written = []
+    for name, entity in registry.ENTITIES.items():
+        ids = [(one.restaurant_id, one.id) for one in entities if one.entity == name]
+        applied = readable_states(entity, await states.find_states(connection, entity, ids)) if ids else []
+        if applied:
+            await mirror.apply(applied)
+            written += [StoredHead(one.state.restaurant_id, name, one.state.id, one.head) for one in applied]
+    return written
 
 
 async def compared_with_postgres(connection: Connection, late: Sequence[Apply]) -> list[Apply]:

@@ -55,8 +55,6 @@ create table changes (
 create index changes_by_version on changes (restaurant_id, entity, entity_id, version);
 create index changes_by_base on changes (restaurant_id, base_change_id) where base_change_id is not null;
 create index changes_by_seq on changes (xid, seq);
--- The search for gaps reads only the last hour. This index needs a few pages for millions of rows.
-create index changes_by_time on changes using brin (accepted_at);
 
 -- A fork: two changes that claim the same version, or that have the same base. Both stay in `changes`.
 create table conflicts (
