@@ -140,8 +140,9 @@ class Rail:
     async def _claim(self, draft: Draft, change: Change, after: NoClaim | None) -> _Held | NoClaim:
         """Claims the next version for the change, for at most `claim_timeout_seconds`."""
         entity, series = draft.entity, series_of(draft.entity, draft.state)
-        # After the first attempt, the caller has looked.
-        ask = draft.keyed and draft.base is None and after is None
+        # A warm mirror has all entities of a kind that never leaves the live window. After the first attempt, the
+        # caller has looked.
+        ask = draft.keyed and entity.keyed is not None and draft.base is None and after is None
         sent, deadline = after is not None and after.sent, self._clock() + self._claim_seconds
         while True:
             try:

@@ -7,6 +7,8 @@ import pytest
 from msgspec import structs
 
 from shared.entities.contract import encode, now
+from shared.entities.entity import Entity
+from shared.entities.menu_item import ENTITY as MENU_ITEM
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import Unavailable
 from shared.mirror import keys
@@ -152,3 +154,15 @@ async def test_creation_with_a_key_goes_on_while_neither_the_mirror_nor_postgres
     creations = Creations(rig.rail, Heads(rig.mirror, no_postgres))
     new = await creations.create(structs.replace(draft(ORDER, rig.order()), keyed=True))
     assert isinstance(new, Committed) and new.state.order_number == "0001", "the order was created without a claim"
+
+
+class NotAsked:
+    async def earlier(self, entity: Entity, restaurant: str, id_: str) -> Standing | None:
+        raise AssertionError(f"the stores were asked for {entity.name} {id_}")
+
+
+async def test_creation_of_what_never_leaves_the_mirror_looks_nowhere(rig: StockRig) -> None:
+    await rig.server.call("DEL", keys.KEYS)
+    dish = builders.menu_item(restaurant_id=rig.restaurant)
+    made = await Creations(rig.rail, NotAsked()).create(structs.replace(draft(MENU_ITEM, dish), keyed=True))
+    assert isinstance(made, Committed) and made.visible

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from services.sync.mirror.warm_up import StartPoint
 from services.sync.writer.postgres_writer import PostgresWriter
 from services.sync.writer.upsert import DecodedChange, write_batch
 from shared.entities import registry
@@ -22,6 +23,7 @@ from shared.mirror import keys
 from shared.mirror.claim_replies import Ask, Claimed, ClaimReply, HeadMoved
 from shared.mirror.mirror import Apply
 from shared.postgres.checkpoints import append_checkpoint, last_checkpoint
+from shared.postgres.feed import ForeignDatabase
 from tests.rigs.builders import CREATED_AT, RESTAURANT, change, new_id, order
 from tests.rigs.mirror_writer import MirrorRig, replace_log
 from tests.rigs.postgres_writer import MakeRig, Rig
@@ -288,6 +290,30 @@ async def test_mirror_is_filled_from_one_snapshot_of_postgres(
     await mirrored.warm()
     assert committed and meanwhile.entity_id not in held
     assert await mirrored.document(meanwhile) is not None
+
+
+async def test_mirror_is_not_filled_from_a_database_that_was_restored_into_another_server(
+    mirrored: MirrorRig, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, errors, fill = mirrored.rig, list[Exception](), mirrored.writer.warm_up.fill
+
+    async def noted(*arguments: Any) -> StartPoint:
+        try:
+            return await fill(*arguments)
+        except ForeignDatabase as error:
+            errors.append(error)
+            raise
+
+    async def tried_twice() -> bool:
+        return len(errors) > 1
+
+    monkeypatch.setattr(mirrored.writer.warm_up, "fill", noted)
+    server = await rig.database.fetchval("select system_identifier from database_server")
+    await rig.as_owner("update database_server set system_identifier = '1'")
+    await wipe(mirrored, redis)
+    await eventually(tried_twice, what="a mirror writer that tries again")
+    await rig.as_owner(f"update database_server set system_identifier = '{server}'")
+    await mirrored.warm()
 
 
 # -- the keys of requests --------------------------------------------------------------------------------------------
