@@ -1,8 +1,12 @@
 """The process that serves an ASGI application: Granian with one worker, and its signals."""
 
 import asyncio
+import ctypes
 import signal
 from typing import Any
+
+_M_MMAP_THRESHOLD = -3  # the number of the parameter in malloc.h of glibc
+_LARGE_BLOCK_BYTES = 128 << 10
 
 
 def stop_event() -> asyncio.Event:
@@ -30,6 +34,7 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
     is left for /health. `kill_after_seconds`: the time from the signal until the worker is killed. Without it, a client
     that does not read would delay the exit.
     """
+    _return_large_blocks()
     # Imported here, because tests of an app need no server.
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
@@ -47,3 +52,12 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
         log_access=False,
         workers_kill_timeout=kill_after_seconds,
     ).serve()
+
+
+def _return_large_blocks() -> None:
+    """Makes malloc give each freed block of 128 KiB or more back to the system, also in the worker process, which is a
+    fork. glibc starts with this threshold, but raises it to up to 32 MiB when such blocks are freed. Messages of some
+    megabytes would then leave holes in the heap, which grows for as long as such messages come."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
