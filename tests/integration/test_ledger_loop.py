@@ -10,7 +10,7 @@ import aio_pika
 import asyncpg
 import pytest
 
-from services.sync.ledger.ledger_loop import LedgerLoop
+from services.sync.ledger.ledger_loop import LEADER_LOCK, LedgerLoop
 from services.sync.ledger.session import Patience
 from services.sync.maintenance.reconciler import Reconciler
 from shared.entities.contract import Change, Lane, encode, now
@@ -169,6 +169,36 @@ async def test_change_that_a_purged_lane_lost_is_sent_again(rigged: LedgerRig, s
     await rig.writer.start()
     await rig.written(lost, within=60)
     assert rigged.ledger.totals.resent == 1
+    await rigged.compared()
+    await rigged.ledger.stop()
+    second = rigged.another()
+    second.start()
+    try:
+        await rigged.leads(second)
+        assert second.totals.resent == 1, "the next leader does not know what the last one has repaired"
+    finally:
+        await second.stop()
+
+
+async def test_ledger_without_a_leader_raises_an_alarm(rigged: LedgerRig) -> None:
+    await rigged.compared()
+    assert rigged.ledger.state()["alarms"] == []
+    await rigged.ledger.stop()
+    async with rigged.rig.postgres.connection() as connection:
+        await connection.execute("select pg_advisory_lock($1)", LEADER_LOCK)  # nobody leads
+        await rigged.rig.as_owner("update checkpoints set at = at - interval '6 minutes'")
+        follower = rigged.another()
+        follower.start()
+        try:
+
+            async def alarms() -> list[str]:
+                return list(follower.state()["alarms"])
+
+            await eventually(alarms, what="the alarm", until=lambda found: found == ["age"])
+            await connection.execute("select pg_advisory_unlock($1)", LEADER_LOCK)
+            await eventually(alarms, within=30, what="no alarm", until=lambda found: not found)
+        finally:
+            await follower.stop()
 
 
 async def test_log_that_was_created_again_gets_what_postgres_has(rigged: LedgerRig) -> None:

@@ -38,7 +38,8 @@ MAX_AGE_SECONDS = 300.0
 """An older newest checkpoint is an alarm: nobody compares."""
 OPEN_PLACES = ("queued", "retrying", "resent", "unexplained", "only_in_postgres")
 """The places in `LedgerTotals.open`."""
-_LEADER_LOCK = 0x6C656467
+LEADER_LOCK = 0x6C656467
+"""The advisory lock that the leader holds."""
 _FOLLOWER_INTERVAL_SECONDS = 2.0
 _ROUND_SECONDS = 1.0
 
@@ -101,7 +102,7 @@ class LedgerLoop:
                 async with self._postgres.connection() as connection:
                     last = await last_checkpoint(connection)
                     self._note(last)
-                    if await connection.fetchval("select pg_try_advisory_lock($1)", _LEADER_LOCK):
+                    if await connection.fetchval("select pg_try_advisory_lock($1)", LEADER_LOCK):
                         await self._lead(connection)
                 attempt = 0
                 await asyncio.sleep(_FOLLOWER_INTERVAL_SECONDS)
