@@ -27,6 +27,14 @@ async def provable(reader: LogReader, checkpoints: Sequence[Checkpoint]) -> Chec
     return None
 
 
+async def oldest_kept(connection: Connection) -> Checkpoint | None:
+    """Returns the beginning for a log that proves no checkpoint, because it was created again: its first entry, and the
+    oldest checkpoint in the feed. Checkpoints stay as long as entries of the log, so the lost log did not have what is
+    older either. None if there is no checkpoint."""
+    oldest = await first_checkpoint(connection, BEFORE_LOG.offset)
+    return oldest and Checkpoint("", BEFORE_LOG, BEFORE_LOG, oldest.feed_xid, oldest.feed_seq)
+
+
 async def first_entry(reader: LogReader, connection: Connection) -> Checkpoint | None:
     """Returns a beginning at the first entry that the log has; None if the log still has everything. The feed begins at
     the oldest checkpoint of these entries, because the log lacks what is before it."""

@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from services.sync.failures.classification import describe
-from services.sync.ledger.begin import ledger_reader, provable
+from services.sync.ledger.begin import ledger_reader, oldest_kept, provable
 from services.sync.ledger.repairs import Repairs
 from services.sync.ledger.session import EndOfSession, LedgerSession, LedgerTotals, Patience
 from shared.backoff import backoff
@@ -126,7 +126,8 @@ class LedgerLoop:
         """Runs one session. Ends only with an error."""
         last = await last_checkpoint(connection)
         self._note(last)
-        begun = await provable(ledger_reader(self._settings, "ledger-begins"), await list_checkpoints(connection))
+        known = await list_checkpoints(connection)
+        begun = await provable(ledger_reader(self._settings, "ledger-begins"), known) or await oldest_kept(connection)
         self._session = session = LedgerSession(
             self._settings,
             connection,
