@@ -1,10 +1,11 @@
 """The objects that the routes of the sync API use. This module imports no feature, so that every feature can import
 it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from shared.errors import Unavailable
 from shared.http.call import Call
@@ -23,6 +24,9 @@ class SyncContext(Struct, frozen=True):
     """A pool of the api role, which sees one tenant at a time."""
     mirror: Mirror
     rail: Rail
+    reporting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a report of the ledger is taken. It keeps a connection of `ops` until its end, so several at once
+    would leave none for the other routes."""
 
     @classmethod
     def of(cls, settings: Settings, api: Postgres, mirror: Mirror, rail: Rail) -> "SyncContext":

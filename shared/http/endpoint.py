@@ -108,7 +108,9 @@ def read_query(request: Any, type_: type[T]) -> T:
             raise InvalidInput("null is not a value; omit the parameter", field=sent_as)
         # Without a colon it is a number, which msgspec accepts as a time.
         if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):
-            raise InvalidInput("must be a time with a zone, such as 2026-03-01T12:00:00Z", field=sent_as)
+            raise InvalidInput(
+                "must be a time with a zone, from 1970 to 2200, such as 2026-03-01T12:00:00Z", field=sent_as
+            )
         if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
             raise InvalidInput("contains characters that cannot be stored", field=sent_as)
     return found

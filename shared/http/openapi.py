@@ -76,7 +76,7 @@ _REPLY_HEADERS: dict[str, dict[str, Any]] = {
 }
 _REQUEST_HEADERS = {
     "Idempotency-Key": (
-        "A request with the same key takes effect once, however often it is sent",
+        "A request with the same key takes effect once, however often it is sent. An id in the body counts instead",
         {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
     ),
     "If-Match": (

@@ -3,7 +3,7 @@
     entity   its id is derived from the caller, the route and the Idempotency-Key, so a repeat has the same id. The
              repeat loses its claim to the first request. Without a claim, this instance or the stores know the first
     fact     a payment or a move has the id of the body, else one that is derived in the same way and from its entity.
-             So the state and the tables keep it once, in every fork
+             So the state and the tables keep it once, in every fork. A key beside an id in the body is ignored
 
 The same key with another body is refused (422), and so is the same id with other content (409).
 """

@@ -359,12 +359,21 @@ async def test_ledger_adds_up_and_explains_every_change(
     async def report() -> Any:
         return expect(await nadia.get("/api/ops/ledger", params={"whole": "true"}))
 
-    found = await eventually(report, within=60, what="empty queues", until=lambda seen: not seen["queued"])
+    found = await eventually(
+        report,
+        within=60,
+        what="empty queues and a checkpoint",
+        until=lambda seen: not seen["queued"] and seen["leader"],
+    )
     assert (found["unexplained"], found["alarms"]) == (0, [])
     assert found["accepted"] == sum(found[place] for place in PLACES)
     assert found["synced"] >= 1
     assert found["dead"] >= 1
     assert found["leader"]["age_seconds"] < 60
+    # Reports at once take turns: each needs a connection for itself, and the other routes need one too.
+    paths = [*["/api/ops/ledger"] * 5, "/api/ops/dead-letters"]
+    replies = await asyncio.gather(*(nadia.get(path, timeout=120.0) for path in paths))
+    assert {reply.status_code for reply in replies} == {200}
     since = expect(await nadia.get("/api/ops/ledger", params={"since": ops_rig.since.isoformat()}))
     assert (since["unexplained"], since["queued"]) == (0, 0)
     refused(await nadia.get("/api/ops/ledger?since=yesterday"), 422, "invalid_input", "since")

@@ -42,7 +42,8 @@ async def get_queues(request: Call) -> ASGIApp:
 async def get_ledger(request: Call) -> ASGIApp:
     query, context = read_query(request, LedgerQuery), sync_context(request)
     since = None if query.whole else query.since or now() - DEFAULT_SINCE
-    return success(await take_report(context.settings, context.ops, context.mirror, since=since))
+    async with context.reporting:
+        return success(await take_report(context.settings, context.ops, context.mirror, since=since))
 
 
 ROUTES = [get_queues, get_ledger]

@@ -10,8 +10,8 @@
 --       the stock that an order holds or the count of an inventory item (see stock.lua)
 --       how: 'reveal'  the state becomes pending
 --            'stored'  the state comes from PostgreSQL
---            'late'    an event of the log, perhaps an old one: if the doc is missing, the script reports the state
---                      instead of writing it, and the caller compares it with PostgreSQL
+--            'late'    an event of the log, perhaps an old one: if the doc is missing, or its state (see trim.lua), the
+--                      script reports the state instead of writing it, and the caller compares it with PostgreSQL
 -- Replies {'rewind'} if this is not the mirror that the caller filled, otherwise
 --         {'applied', positions (from 1) of late states whose doc is missing...}
 if ARGV[1] ~= '' then
@@ -37,7 +37,7 @@ for i = 1, count do
   local claimed = redis.call('HMGET', KEYS[k + 2], 'v', 'h')
   local head = tonumber(doc[1])
   local how = ARGV[a + 7]
-  if not head and how == 'late' then
+  if how == 'late' and (not head or version == head and change == doc[2] and not doc[3]) then
     reply[#reply + 1] = i
   else
     -- An equal head is also written if the state is missing: the entity had left the live window and returns to it.
