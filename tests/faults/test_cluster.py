@@ -26,7 +26,9 @@ class ClusterRig(ChaosRig):
 
     def __init__(self, cluster: Cluster, shared: Servers, folder: Path) -> None:
         redis = local_redis(folder)
-        own = Servers(cluster.nodes[0], shared.postgres, redis, another_redis=lambda: redis, clean=lambda: None)
+        own = Servers(
+            cluster.nodes[0], shared.postgres, redis, another_redis=lambda: local_redis(folder), clean=lambda: None
+        )
         super().__init__(own, folder, mirror_settle_seconds=3.0)
         self.cluster = cluster
         self.links = [Proxy(node.port) for node in cluster.nodes]

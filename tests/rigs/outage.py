@@ -82,6 +82,7 @@ class Outage(ChaosRig):
     async def change_price(self, price: int) -> None:
         """Changes the price of the dish that `create` orders; waits until both orders instances charge it."""
         dish = self.system.dish()
+        await self.warm()
         reply = await self.call("PUT", f"/api/menu/{dish}", {"price": price})
         assert reply.status_code == 200, reply.text
 
