@@ -112,7 +112,7 @@ class ChaosRig:
         self.system.urls[name] = f"http://127.0.0.1:{port}"
         self._more[name] = {"instance": instance, f"{name.rpartition('-')[2]}_port": port}
         self._start(name)
-        await self.system.ready(name, within=60.0)
+        await self.system.ready(name)
 
     async def down(self) -> None:
         if self._copying is not None:
