@@ -185,7 +185,7 @@ async def test_ledger_without_a_leader_raises_an_alarm(rigged: LedgerRig) -> Non
     assert rigged.ledger.state()["alarms"] == []
     await rigged.ledger.stop()
     async with rigged.rig.postgres.connection() as connection:
-        await connection.execute("select pg_advisory_lock($1)", LEADER_LOCK)  # nobody leads
+        await connection.execute("select pg_advisory_lock($1)", LEADER_LOCK)  # no worker can lead
         await rigged.rig.as_owner("update checkpoints set at = at - interval '6 minutes'")
         follower = rigged.another()
         follower.start()

@@ -35,7 +35,7 @@ from shared.settings import Settings
 log = structlog.get_logger(__name__)
 
 MAX_AGE_SECONDS = 300.0
-"""An older newest checkpoint is an alarm: nobody compares."""
+"""The alarm `age` is raised when the newest checkpoint is older, because no worker compares then."""
 OPEN_PLACES = ("queued", "retrying", "resent", "unexplained", "only_in_postgres")
 """The places in `LedgerTotals.open`."""
 LEADER_LOCK = 0x6C656467

@@ -66,7 +66,7 @@ class LedgerReport(Struct, kw_only=True):
     journals: dict[str, int]
     """Name of each journal on this host -> number of its entries."""
     expired: list[ExpiredRange]
-    """Entries of the log that the retention has removed before they were compared: nobody can prove these."""
+    """Entries that the retention removed from the log before they were compared. The ledger cannot prove these."""
     leader: LeaderState | None
     """None before the first checkpoint."""
     alarms: list[str]
