@@ -1,14 +1,15 @@
 """The errors that a caller sees. Each has an HTTP status, a code, and `retry_after` if a retry helps.
 
 TicketrailError
-├── InvalidInput        422  the request breaks a rule; `field` names the field
-├── Unauthenticated     401
-├── Forbidden           403
-├── NotFound            404
-├── Conflict            409  another change came first, or the current state forbids this one
-├── TooManyRequests     429  a limit was reached; retry after `retry_after` seconds
-├── Unavailable         503  nothing was done, and nothing will appear; retry after `retry_after` seconds
-└── OutcomeUnknown      504  perhaps done; repeat with the same Idempotency-Key
+├── InvalidInput          422  the request breaks a rule; `field` names the field
+├── Unauthenticated       401
+├── Forbidden             403
+├── NotFound              404
+├── Conflict              409  another change came first, or the current state forbids this one
+├── UnsupportedMediaType  415  the body has an encoding that is not read
+├── TooManyRequests       429  a limit was reached; retry after `retry_after` seconds
+├── Unavailable           503  nothing was done, and nothing will appear; retry after `retry_after` seconds
+└── OutcomeUnknown        504  perhaps done; repeat with the same Idempotency-Key
 """
 
 from typing import Any, ClassVar
@@ -57,6 +58,11 @@ class NotFound(TicketrailError):
 class Conflict(TicketrailError):
     status = 409
     code = "conflict"
+
+
+class UnsupportedMediaType(TicketrailError):
+    status = 415
+    code = "unsupported_media_type"
 
 
 class TooManyRequests(TicketrailError):

@@ -6,9 +6,8 @@ again. The index is needed because one message carries up to 256 changes.
 """
 
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from shared.errors import InvalidInput
 from shared.messaging.position import LogPosition
 
 PATTERN = r"([0-9]{1,18})-([0-9a-f]{8})-([0-9]{1,6})"
@@ -31,10 +30,15 @@ def cursor_at(position: LogPosition, batch_index: int = 0) -> Cursor:
     return Cursor(position.offset, position.crc, batch_index)
 
 
-def parse_cursor(text: str, *, field: str) -> Cursor:
-    """Parses a cursor. Raises InvalidInput with `field`. A cursor that was valid once always parses. The window decides
-    whether a client can still resume from it."""
+UNREADABLE: Final = Cursor(0, 0, 0)
+"""Stands for a cursor that is not one of this system, or of an older release. No log proves it, so that a client which
+resumes from it loads its data again."""
+
+
+def parse_cursor(text: str) -> Cursor:
+    """Parses a cursor. Returns UNREADABLE for any other text: an error would end the EventSource of a browser for good.
+    A cursor that was valid once always parses. The window decides whether a client can still resume from it."""
     found = _CURSOR.fullmatch(text)
     if found is None:
-        raise InvalidInput("the cursor is not valid; send the id of a received event", field=field)
+        return UNREADABLE
     return Cursor(int(found[1]), int(found[2], 16), int(found[3]))

@@ -1,5 +1,6 @@
 """Decides which events a subscriber gets: those that it requested and may see. Runs before events are encoded."""
 
+from collections.abc import Sequence
 from uuid import UUID
 
 from msgspec import Struct
@@ -27,20 +28,22 @@ class Interest(Struct, frozen=True):
         )
 
 
-def interest_of(identity: Identity, *, order_id: str | None, event_types: str | None) -> Interest:
-    """Returns the interest that a request names. Empty parameters count as absent. Raises Forbidden for a caller
+def interest_of(identity: Identity, *, order_id: str, event_types: Sequence[str]) -> Interest:
+    """Returns the interest that a request names. `event_types`: lists of names, separated by commas. Empty parameters
+    count as absent. Raises Forbidden for a caller
     without a restaurant, and InvalidInput with the name of the parameter."""
     return Interest(
         tenant=identity.tenant,
-        kinds=_kinds(event_types) if event_types else EVERY_KIND,
+        kinds=_kinds(event_types) or EVERY_KIND,
         order_id=_uuid(order_id) if order_id else None,
         session_id=identity.session_id if identity.role is Role.CUSTOMER else None,
     )
 
 
-def _kinds(event_types: str) -> int:
+def _kinds(event_types: Sequence[str]) -> int:
+    """Returns the kinds with these names, or 0 if no name is given."""
     chosen = 0
-    for name in event_types.split(","):
+    for name in (name for names in event_types if names for name in names.split(",")):
         kind = KINDS.get(name.strip())
         if kind is None:
             raise InvalidInput(f"unknown event type {name.strip()!r}", field="eventTypes", allowed=list(KINDS))

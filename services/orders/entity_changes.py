@@ -19,6 +19,7 @@ from msgspec import Struct
 from shared.entities.contract import Head, now
 from shared.entities.entity import Entity
 from shared.errors import Conflict, InvalidInput, NotFound, Unavailable
+from shared.http.etags import Versions
 from shared.rail.commit import Rail
 from shared.rail.draft import Draft
 from shared.rail.head import Heads, Standing
@@ -112,27 +113,27 @@ class EntityChanges:
         identity: Identity,
         entity: Entity,
         id_: str,
-        version: int | None,
+        versions: Versions | None,
         change: Change,
         *,
         deleted: bool = False,
         adds_fact: bool = False,
     ) -> Receipt:
-        """Changes an entity. `version` is the head version that the caller requires, or None for any. `deleted` allows
+        """Changes an entity. `versions`: the head must have one of these versions; None means any. `deleted` allows
         a deleted entity. `adds_fact` means that the change is retried for four seconds after concurrent changes. Raises
         NotFound, Conflict (with the head version), Unavailable, and the errors of `change`."""
         if not adds_fact:
-            return await self._change(identity, entity, id_, version, change, deleted=deleted)
+            return await self._change(identity, entity, id_, versions, change, deleted=deleted)
         # Changes in this instance run one after the other, because a lost claim costs as much as a won one.
         async with self._locks.setdefault(id_, asyncio.Lock()):
-            return await self._change(identity, entity, id_, version, change, deleted=deleted, adds_fact=True)
+            return await self._change(identity, entity, id_, versions, change, deleted=deleted, adds_fact=True)
 
     async def _change(
         self,
         identity: Identity,
         entity: Entity,
         id_: str,
-        version: int | None,
+        versions: Versions | None,
         change: Change,
         *,
         deleted: bool,
@@ -146,7 +147,7 @@ class EntityChanges:
             before = found.state
             if before.deleted_at is not None and not deleted:
                 raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
-            if version is not None and version != found.head.version:
+            if versions is not None and str(found.head.version) not in versions:
                 raise _conflict(found.head)
             at = max(now(), before.updated_at)
             event, after = change(before, at)
@@ -165,24 +166,24 @@ class EntityChanges:
                 return _receipt(entity, await self._rail.commit(draft))
             except ClaimLost as lost:
                 give_up = time.monotonic() > deadline if adds_fact else retries == MAX_RETRIES
-                if version is not None or give_up:
+                if versions is not None or give_up:
                     raise _conflict(lost.head) from lost
             retries += 1
             await _pause(min(retries, 5))
 
-    async def delete(self, identity: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
+    async def delete(self, identity: Identity, entity: Entity, id_: str, versions: Versions | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
             return "deleted", msgspec.structs.replace(state, deleted_at=at, updated_at=at)
 
-        return await self.change(identity, entity, id_, version, change)
+        return await self.change(identity, entity, id_, versions, change)
 
-    async def restore(self, identity: Identity, entity: Entity, id_: str, version: int | None) -> Receipt:
+    async def restore(self, identity: Identity, entity: Entity, id_: str, versions: Versions | None) -> Receipt:
         def change(state: Any, at: datetime) -> tuple[str, Any]:
             if state.deleted_at is None:
                 raise Conflict(f"the {entity.name} is not deleted", code="not_deleted")
             return "restored", msgspec.structs.replace(state, deleted_at=None, updated_at=at)
 
-        return await self.change(identity, entity, id_, version, change, deleted=True)
+        return await self.change(identity, entity, id_, versions, change, deleted=True)
 
 
 async def _pause(commits: int) -> None:

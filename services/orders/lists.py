@@ -22,14 +22,21 @@ _COMMON_PARAMETERS = frozenset(ListQuery.__struct_fields__)
 
 def selection(query: ListQuery, identity: Identity, **equal: Any) -> Selection:
     """Returns the selection of a query. A parameter that ListQuery does not have is a filter: the column of that name
-    must have the parameter's value. `equal`: further filters. Raises Forbidden, InvalidInput."""
+    must have the parameter's value, or one of its values. `equal`: further filters. Raises Forbidden, InvalidInput."""
     if query.include_deleted and not allowed("deleted.read", identity.role):
         raise Forbidden("only admins may list deleted entities", field="include_deleted")
+    among: dict[str, tuple[str, ...]] = {}
     for name in query.__struct_fields__:
-        if name not in _COMMON_PARAMETERS and (value := getattr(query, name)) is not None:
-            equal[name] = str(value) if isinstance(value, UUID) else value
+        if name in _COMMON_PARAMETERS or (value := getattr(query, name)) is None:
+            continue
+        if isinstance(value, list) and len(value) != 1:
+            among[name] = tuple(dict.fromkeys(value))
+        else:
+            one = value[0] if isinstance(value, list) else value
+            equal[name] = str(one) if isinstance(one, UUID) else one
     return Selection(
         equal=equal,
+        among=among,
         created_from=query.created_from,
         created_to=query.created_to,
         before=read_cursor(query.cursor) if query.cursor is not None else None,

@@ -28,6 +28,7 @@ from shared.entities.order import (
     payment_status,
 )
 from shared.errors import Conflict, Forbidden, InvalidInput
+from shared.http.etags import Versions
 from shared.rail.idempotency import FactId, request_hash
 from shared.rail.outcomes import OutOfStock
 from shared.security.tokens import Identity, Role
@@ -61,7 +62,7 @@ class OrderCommands:
         except OutOfStock as error:
             raise _out_of_stock(error, requested, book) from error
 
-    async def update(self, identity: Identity, id_: str, requested: UpdateOrder, version: int | None) -> Receipt:
+    async def update(self, identity: Identity, id_: str, requested: UpdateOrder, versions: Versions | None) -> Receipt:
         """Changes an order. Raises NotFound, Conflict (with the allowed statuses, or the head version), InvalidInput,
         Unavailable."""
         book = await self._menus.book(identity.tenant)
@@ -71,19 +72,19 @@ class OrderCommands:
             return ("status_changed" if changed.status is not order.status else "updated"), changed
 
         try:
-            return await self._changes.change(identity, _ENTITY, id_, version, change)
+            return await self._changes.change(identity, _ENTITY, id_, versions, change)
         except OutOfStock as error:
             raise _out_of_stock(error, requested, book) from error
 
-    async def delete(self, identity: Identity, id_: str, version: int | None) -> Receipt:
+    async def delete(self, identity: Identity, id_: str, versions: Versions | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.status is OrderStatus.COMPLETED:
                 raise Conflict("a completed order cannot be deleted", code="order_completed", status=order.status)
             return "deleted", msgspec.structs.replace(order, deleted_at=at, updated_at=at)
 
-        return await self._changes.change(identity, _ENTITY, id_, version, change)
+        return await self._changes.change(identity, _ENTITY, id_, versions, change)
 
-    async def restore(self, identity: Identity, id_: str, version: int | None) -> Receipt:
+    async def restore(self, identity: Identity, id_: str, versions: Versions | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
             if order.deleted_at is None:
                 raise Conflict("the order is not deleted", code="not_deleted")
@@ -92,7 +93,7 @@ class OrderCommands:
             )
 
         try:
-            return await self._changes.change(identity, _ENTITY, id_, version, change, deleted=True)
+            return await self._changes.change(identity, _ENTITY, id_, versions, change, deleted=True)
         except OutOfStock as error:
             raise Conflict(
                 "the stock that the order needs has been sold", code="out_of_stock", items=_available_amounts(error)
@@ -105,7 +106,9 @@ class OrderCommands:
             return "updated", msgspec.structs.replace(order, updated_at=at)
 
         id_ = found.decoded().id
-        return await self._changes.change(identity, _ENTITY, id_, found.head.version, change, deleted=True)
+        return await self._changes.change(
+            identity, _ENTITY, id_, frozenset({str(found.head.version)}), change, deleted=True
+        )
 
     async def pay(
         self, identity: Identity, id_: str, requested: RecordPayment, fact: FactId

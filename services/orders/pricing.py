@@ -12,6 +12,7 @@ from services.orders.requests import RequestedCustomization, RequestedItem
 from shared.entities.menu_item import MenuItem
 from shared.entities.order import Customization, OrderItem, StockHold
 from shared.errors import InvalidInput
+from shared.http.texts import nfc
 
 
 class Totals(Struct, frozen=True):
@@ -57,17 +58,18 @@ def priced_items(requested: Sequence[RequestedItem], menu: Mapping[str, MenuItem
 def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: str) -> tuple[Customization, ...]:
     if not requested and not dish.customizations:
         return ()
-    groups = {group.name: {option.name: option for option in group.options} for group in dish.customizations}
+    # Other systems and older releases may have named the groups and options in another normal form.
+    groups = {nfc(group.name): {nfc(option.name): option for option in group.options} for group in dish.customizations}
     chosen = []
     for index, one in enumerate(requested):
-        options = groups.get(one.name)
+        options = groups.get(nfc(one.name))
         if options is None:
             raise InvalidInput(
                 f"{dish.name} has no customization {one.name!r}",
                 field=f"{field}[{index}].name",
                 code="unknown_customization",
             )
-        option = options.get(one.option)
+        option = options.get(nfc(one.option))
         if option is None or not option.is_available:
             raise InvalidInput(
                 f"{one.name} of {dish.name} cannot be {one.option!r}",
@@ -75,11 +77,12 @@ def _chosen(requested: Sequence[RequestedCustomization], dish: MenuItem, field: 
                 code="unknown_customization" if option is None else "option_unavailable",
             )
         chosen.append(Customization(one.name, one.option, option.price))
-    counted = Counter(one.name for one in chosen)
+    counted = Counter(nfc(one.name) for one in chosen)
     for group in dish.customizations:
-        if not group.min_choices <= counted[group.name] <= group.max_choices:
+        number = counted[nfc(group.name)]
+        if not group.min_choices <= number <= group.max_choices:
             raise InvalidInput(
-                f"choose {group.min_choices} to {group.max_choices} options of {group.name}, not {counted[group.name]}",
+                f"choose {group.min_choices} to {group.max_choices} options of {group.name}, not {number}",
                 field=field,
                 code="customization_count",
                 group=group.name,

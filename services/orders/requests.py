@@ -7,7 +7,7 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from shared.entities.contract import Amount, Label, Money, Text, Time
+from shared.entities.contract import Amount, Money, Text, Time
 from shared.entities.customer import Points
 from shared.entities.inventory_item import Count
 from shared.entities.inventory_item import Quantity as StockQuantity
@@ -16,6 +16,7 @@ from shared.entities.menu_item import Choices, Units, Url
 from shared.entities.order import OrderStatus, Quantity
 from shared.entities.table import Seats, TableState
 from shared.http.endpoint import ListQuery
+from shared.http.texts import Email, Label
 
 
 class Request(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -72,9 +73,10 @@ class UpdateOrder(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class OrdersQuery(ListQuery, kw_only=True):
-    status: OrderStatus | None = None
+    status: list[OrderStatus] | None = None
     table_id: UUID | None = None
     customer_id: UUID | None = None
+    customer_name: Label | None = None
 
 
 class DaysQuery(Request, rename={"from_": "from"}):
@@ -195,7 +197,7 @@ class UpdateTable(Request):
 
 
 class TablesQuery(ListQuery, kw_only=True):
-    state: TableState | None = None
+    state: list[TableState] | None = None
 
 
 class CreateBay(Request):
@@ -242,7 +244,7 @@ class UpdateJob(Request):
 class JobsQuery(ListQuery, kw_only=True):
     bay_id: UUID | None = None
     order_id: UUID | None = None
-    stage: JobStage | None = None
+    stage: list[JobStage] | None = None
 
 
 # -- customers and stock -----------------------------------------------------------------------------------------
@@ -253,14 +255,14 @@ class CreateCustomer(Request):
 
     name: Label
     phone: Label | None = None
-    email: Label | None = None
+    email: Email | None = None
     notes: Text | None = None
 
 
 class UpdateCustomer(Request):
     name: Label | UnsetType = UNSET
     phone: Label | UnsetType | None = UNSET
-    email: Label | UnsetType | None = UNSET
+    email: Email | UnsetType | None = UNSET
     notes: Text | UnsetType | None = UNSET
 
 

@@ -13,6 +13,7 @@ from services.orders.order_commands import OrderCommands
 from services.orders.sign_in import SignIn
 from services.orders.views import PENDING, state_view, sync_of
 from shared.http.call import Call
+from shared.http.etags import etag_of
 from shared.http.replies import Reply, success
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
@@ -40,7 +41,7 @@ def context_of(request: Call) -> RouteContext:
 def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
     """Returns the reply to a write, with version, visibility and durability. `more` has derived fields, and `sync` if
     it is known."""
-    headers = {"ETag": f'"{receipt.head.version}"'}
+    headers = {"ETag": etag_of(receipt.head.version)}
     sync = more.pop("sync", PENDING)
     more["visible"] = receipt.visible
     if receipt.replayed:
@@ -51,9 +52,9 @@ def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
     return success(view, status=status, headers=headers)
 
 
-def found_reply(found: FoundState, known: str | None, **more: Any) -> Reply:
-    """Returns the reply to a read: 304 if the current version is `known` (If-None-Match). `more` has derived fields."""
-    headers = {"ETag": f'"{found.head.version}"', "X-Served-By": found.served_by}
-    if known == headers["ETag"]:
+def found_reply(found: FoundState, *, known: bool = False, **more: Any) -> Reply:
+    """Returns the reply to a read: 304 if the client has the current version (`known`). `more` has derived fields."""
+    headers = {"ETag": etag_of(found.head.version), "X-Served-By": found.served_by}
+    if known:
         return Reply(b"", status=304, headers=headers)
     return success(state_view(found.state, found.head, sync_of(found), **more), headers=headers)

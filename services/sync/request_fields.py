@@ -4,7 +4,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-NO_NUL = "^[^\\x00]*$"
-"""A pattern that refuses the character NUL, because PostgreSQL cannot store it."""
-Why = Annotated[str, Meta(min_length=1, max_length=500, pattern=NO_NUL)]
-Name = Annotated[str, Meta(max_length=200, pattern=NO_NUL)]
+from shared.entities.contract import NO_NUL, NO_NUL_SENTENCE, SENTENCE
+from shared.http.texts import Sentence
+
+Why = Sentence
+Name = Annotated[str, Meta(max_length=200, pattern=NO_NUL, extra={SENTENCE: NO_NUL_SENTENCE})]
+"""A filter by a text that a service has written, such as the reason of a dead letter."""

@@ -25,6 +25,7 @@ from services.sync.mirror.feed_loop import FeedLoop
 from services.sync.mirror.mirror_writer import MirrorWriter
 from services.sync.mirror.thresholds import Thresholds
 from services.sync.writer.postgres_writer import PostgresWriter
+from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_health_service, settings_of_service
 from shared.lifecycle import freeze_memory, vital_task
 from shared.messaging import declare
@@ -201,7 +202,7 @@ async def readiness(parts: WorkerParts, started: asyncio.Task[None]) -> tuple[bo
     }
 
 
-def create(settings: Settings | None = None) -> Litestar:
+def create(settings: Settings | None = None) -> ResponseHeaders:
     settings = settings_of_service("sync-worker", settings)
     settings, lease = number_of_traces(settings, "sync-worker")
     parts = assemble(settings)

@@ -26,14 +26,24 @@ accepted."""
 MAX_DATA_BYTES = MAX_EVENT_BYTES - 10_000
 """The maximum size of `before` and `after` together. The remaining 10,000 bytes are for the other attributes."""
 
+SENTENCE = "sentence"
+"""The key of `Meta.extra` for a sentence that says in words what the pattern of a text requires."""
+
 # Ids are lower-case canonical UUIDs as text. Their text order equals their byte order, so that Python, Lua and
 # PostgreSQL agree on which of two change ids is larger.
-Id = Annotated[str, Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+Id = Annotated[
+    str,
+    Meta(
+        pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
+        extra={SENTENCE: "must be a UUID in lower case"},
+    ),
+]
 
 # PostgreSQL cannot store NUL in text. The contract refuses it, so that a change with NUL never reaches PostgreSQL.
-_NO_NUL = "^[^\\x00]*$"
-Label = Annotated[str, Meta(max_length=200, pattern=_NO_NUL)]
-Text = Annotated[str, Meta(max_length=2_000, pattern=_NO_NUL)]
+NO_NUL = "^[^\\x00]*$"
+NO_NUL_SENTENCE = "NUL characters cannot be stored"
+Label = Annotated[str, Meta(max_length=200, pattern=NO_NUL, extra={SENTENCE: NO_NUL_SENTENCE})]
+Text = Annotated[str, Meta(max_length=2_000, pattern=NO_NUL, extra={SENTENCE: NO_NUL_SENTENCE})]
 Time = Annotated[datetime, Meta(tz=True)]
 Version = Annotated[int, Meta(ge=1, lt=2**31)]
 # Minor units of the restaurant's currency. The bounds keep every sum far below the limit of 64 bits.

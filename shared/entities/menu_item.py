@@ -4,12 +4,18 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from shared.entities.contract import Id, Label, Lane, Money, Text, Time, encode
+from shared.entities.contract import SENTENCE, Id, Label, Lane, Money, Text, Time, encode
 from shared.entities.entity import Column, Entity, OnConflict, Table, columns
 
 # Python's `$` alone also matches before a final line break.
 Url = Annotated[
-    str, Meta(max_length=2_000, pattern=r"^https?://[^\s\x00]+$(?!\n)", examples=["https://trattoria.example/dish.jpg"])
+    str,
+    Meta(
+        max_length=2_000,
+        pattern=r"^https?://[^\s\x00]+$(?!\n)",
+        extra={SENTENCE: "must be a URL that begins with https:// or http://"},
+        examples=["https://trattoria.example/dish.jpg"],
+    ),
 ]
 Choices = Annotated[int, Meta(ge=0, le=100)]
 Units = Annotated[int, Meta(ge=1, le=10**6)]

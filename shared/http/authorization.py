@@ -24,7 +24,9 @@ from shared.security.permissions import ACTIONS, PUBLIC
 from shared.security.tokens import Tokens
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
-OPEN_PATHS = ("/health/", "/metrics", "/api-docs")
+ACTION = "ticketrail.action"
+"""The key of the action in the options of a handler without an Operation."""
+OPEN_PATHS = ("/health", "/metrics", "/api-docs")
 """Prefixes of paths that need no token, have no rate limit and begin no trace."""
 
 
@@ -100,8 +102,9 @@ class Authorization:
         return None
 
     async def _admit(self, scope: Scope, authorization: str | None, reply_headers: list[tuple[bytes, bytes]]) -> None:
-        operation: Operation | None = scope["route_handler"].opt.get("operation")
-        action = operation.action if operation is not None else "me.read"
+        options = scope["route_handler"].opt
+        operation: Operation | None = options.get("operation")
+        action = operation.action if operation is not None else options.get(ACTION, "me.read")
         address = self._proxies.client_of(scope)
         scope["client_address"] = address  # type: ignore[typeddict-unknown-key]
         if self._limits is not None:

@@ -3,33 +3,37 @@
 import json
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, TypeVar
 
 import msgspec
 
 from shared.errors import InvalidInput
+from shared.http.field_rules import in_words
+from shared.http.texts import tidied
 
 MAX_BODY_BYTES = 1_000_000
 
 T = TypeVar("T")
 
 _ERROR_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
+_FLOAT_FOR_INTEGER = re.compile(r"Expected `int\b.*`, got `float`")
+_MAX_INTEGER_DIGITS = 30
 _FIELD_NAME = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
 def read_body(body: bytes, type_: type[T]) -> T:
-    """Decodes a request body. Raises InvalidInput with the path of the field that is wrong."""
+    """Decodes a request body and brings its texts into their form (texts.py). A number such as 1.0 or 1e2 is an
+    integer, as in JSON Schema. Raises InvalidInput with the path of the field that is wrong."""
     try:
-        return msgspec.json.decode(body, type=type_)
+        return tidied(_decoded(body, type_))
     except msgspec.ValidationError as error:
         message = str(error)
         path = found["path"] if (found := _ERROR_PATH.search(message)) else ""
-        message = _ERROR_PATH.sub("", message)
+        message, details = in_words(_ERROR_PATH.sub("", message), path, type_)
         if named := _FIELD_NAME.search(message):
             path = f"{path}.{named[1]}" if path else named[1]
-        if "matching regex '^[^\\\\x00]*$'" in message:
-            message = "NUL characters cannot be stored"
-        raise InvalidInput(message, field=path or "body") from error
+        raise InvalidInput(message, field=path or "body", **details) from error
     except RecursionError as error:
         raise InvalidInput("nested too deeply", field="body", code="malformed_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -37,6 +41,28 @@ def read_body(body: bytes, type_: type[T]) -> T:
         if field is not None:
             raise InvalidInput("not valid Unicode", field=field) from error
         raise InvalidInput(f"not JSON: {error}", field="body", code="malformed_json") from error
+
+
+def _decoded(body: bytes, type_: type[T]) -> T:
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.ValidationError as error:
+        if not _FLOAT_FOR_INTEGER.match(str(error)):
+            raise
+        try:
+            # msgspec refuses 1.0 as an integer. So such numbers are written as integers, and all checks run again.
+            integers = msgspec.json.encode(json.loads(body, parse_float=_integer_if_whole))
+        except (ValueError, ArithmeticError, RecursionError):
+            raise error from None
+    return msgspec.json.decode(integers, type=type_)
+
+
+def _integer_if_whole(text: str) -> int | float:
+    number = Decimal(text)
+    # The exponent is checked first, because 1e999999999 would become an integer of a gigabyte.
+    if number.adjusted() > _MAX_INTEGER_DIGITS or number != number.to_integral_value():
+        return float(text)
+    return int(number)
 
 
 def _unstorable_text(body: bytes) -> str | None:

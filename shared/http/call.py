@@ -10,6 +10,7 @@ from litestar.types import Receive
 
 from shared.errors import InvalidInput
 from shared.http.bodies import MAX_BODY_BYTES
+from shared.http.encodings import decoded
 from shared.security.tokens import Identity
 
 _MAX_DISCARDED_BYTES = 16_000_000
@@ -29,6 +30,11 @@ class Call(Request[Identity, Any, Any]):
                 return value.decode("latin-1")
         return None
 
+    def headers_joined(self, name: bytes) -> str | None:
+        """Returns all headers with this name (in lower case) as one comma-separated list, or None if there is none."""
+        found = [value.decode("latin-1").strip() for key, value in self.scope["headers"] if key == name]
+        return ", ".join(found) if found else None
+
     @property
     def identity(self) -> Identity:
         """The caller, as identified by the authorization middleware."""
@@ -36,8 +42,9 @@ class Call(Request[Identity, Any, Any]):
         return found
 
     async def whole_body(self) -> bytes:
-        """Reads the body, which is possible only once. Raises RequestEntityTooLarge if it is larger than
-        MAX_BODY_BYTES, and InvalidInput if the client disconnects before its end."""
+        """Reads the body, which is possible only once, and decodes its Content-Encoding. Raises RequestEntityTooLarge
+        if it is larger than MAX_BODY_BYTES, before or after the decoding, InvalidInput if the client disconnects before
+        its end, and the errors of `decoded`."""
         pieces: list[bytes] = []
         size = 0
         while True:
@@ -51,7 +58,8 @@ class Call(Request[Identity, Any, Any]):
                     await discard_body(self.receive)
                 raise RequestEntityTooLarge
             if not message.get("more_body"):
-                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                return decoded(body, self.headers_joined(b"content-encoding"), max_bytes=MAX_BODY_BYTES)
 
 
 async def discard_body(receive: Receive) -> None:

@@ -9,6 +9,7 @@ tests of all routes read this declaration.
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
@@ -20,6 +21,8 @@ from msgspec import Meta, Struct, field
 from shared.entities.contract import SyncState, Time, in_range
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
+from shared.http.field_rules import in_words
+from shared.http.texts import tidied
 from shared.security.permissions import ACTIONS
 
 T = TypeVar("T")
@@ -27,7 +30,6 @@ T = TypeVar("T")
 MAX_LIMIT = 200
 _ESCAPED_PLUS = re.compile(r"(T[0-9:.]+) ([0-9]{2}:?[0-9]{2})$")
 _ERROR_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
-_UNKNOWN = re.compile(r"unknown field `([^`]*)`")
 
 
 class View(Struct, frozen=True):
@@ -87,33 +89,62 @@ def endpoint(method: str, path: str, **declared: Any) -> Callable[[Any], HTTPRou
 
 
 def read_query(request: Any, type_: type[T]) -> T:
-    """Returns the query parameters as a Struct. Raises InvalidInput with the name of the parameter."""
-    texts = {
-        name: _ESCAPED_PLUS.sub(r"\1+\2", text) if isinstance(text, str) else text
-        for name, text in dict(request.query_params).items()
-    }
+    """Returns the query parameters as a Struct. A parameter may be repeated if its field is a list. Raises InvalidInput
+    with the name of the parameter."""
+    names = _parameters(type_)  # type: ignore[arg-type]  # a type is hashable
+    given: dict[str, Any] = {}
+    for name, text in request.query_params.multi_items():
+        text = _ESCAPED_PLUS.sub(r"\1+\2", str(text))
+        if name not in names:
+            raise InvalidInput(f"unknown parameter; known parameters: {', '.join(names)}", field=name)
+        if names[name].many:
+            given.setdefault(name, []).append(text)
+        elif name in given:
+            raise InvalidInput("given twice; the parameter takes one value", field=name)
+        else:
+            given[name] = text
     try:
-        found = msgspec.convert(texts, type_, strict=False)
+        found = tidied(msgspec.convert(given, type_, strict=False))
     except msgspec.ValidationError as error:
         message = str(error)
-        where = _ERROR_PATH.search(message)
-        unknown = _UNKNOWN.search(message)
-        name = unknown[1] if unknown else where["path"] if where else "query"
-        known = ", ".join(type_.__struct_fields__)  # type: ignore[attr-defined]
-        message = f"unknown parameter; known parameters: {known}" if unknown else _ERROR_PATH.sub("", message)
-        raise InvalidInput(message, field=name) from error
-    for name, sent_as in zip(type_.__struct_fields__, type_.__struct_encode_fields__, strict=True):  # type: ignore[attr-defined]
-        value = getattr(found, name)
-        if value is None and sent_as in texts:  # the text `null` would silently remove a filter
-            raise InvalidInput("null is not a value; omit the parameter", field=sent_as)
+        path = where["path"] if (where := _ERROR_PATH.search(message)) else "query"
+        message, details = in_words(_ERROR_PATH.sub("", message), path, type_)
+        raise InvalidInput(message, field=path.partition("[")[0], **details) from error
+    for name in given:
+        value = getattr(found, names[name].field)
+        if value is None:  # the text `null` would silently remove a filter
+            raise InvalidInput("null is not a value; omit the parameter", field=name)
         # Without a colon it is a number, which msgspec accepts as a time.
-        if isinstance(value, datetime) and (":" not in texts[sent_as] or not in_range(value)):
+        if isinstance(value, datetime) and (":" not in given[name] or not in_range(value)):
             raise InvalidInput(
-                "must be a time with a zone, from 1970 to 2200, such as 2026-03-01T12:00:00Z", field=sent_as
+                "must be a time with a zone, from 1970 to 2200, such as 2026-03-01T12:00:00Z", field=name
             )
-        if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
-            raise InvalidInput("contains characters that cannot be stored", field=sent_as)
+        for one in value if names[name].many else (value,):
+            if isinstance(one, str) and ("\x00" in one or any("\ud800" <= char <= "\udfff" for char in one)):
+                raise InvalidInput("contains characters that cannot be stored", field=name)
     return found
+
+
+class _Parameter(Struct, frozen=True):
+    field: str
+    many: bool
+
+
+@cache
+def _parameters(type_: Any) -> dict[str, _Parameter]:
+    """Returns the query parameters by name, as clients send it."""
+    info = msgspec.inspect.type_info(type_)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return {one.encode_name: _Parameter(one.name, _is_list(one.type)) for one in info.fields}
+
+
+def _is_list(node: msgspec.inspect.Type) -> bool:
+    match node:
+        case msgspec.inspect.Metadata():
+            return _is_list(node.type)
+        case msgspec.inspect.UnionType():
+            return any(map(_is_list, node.types))
+    return isinstance(node, msgspec.inspect.CollectionType)
 
 
 def path_id(text: str, name: str) -> str:

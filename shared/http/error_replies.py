@@ -11,6 +11,8 @@ from litestar.types import ExceptionHandlersMap
 from shared.entities.contract import BrokenContract
 from shared.errors import TicketrailError, Unavailable
 from shared.http.bodies import MAX_BODY_BYTES
+from shared.http.encodings import ACCEPTED
+from shared.http.methods import allowed_methods
 from shared.observability import tracing
 from shared.observability.metrics import HttpMetrics
 
@@ -18,6 +20,10 @@ log = structlog.get_logger(__name__)
 
 METRICS = "ticketrail.metrics"
 """The key in the ASGI scope under which the authorization middleware stores HttpMetrics, so that errors are counted."""
+
+# Headers that RFC 9110 asks for: the scheme by which a client can authenticate (15.5.2), and the encodings of bodies
+# that the service reads (15.5.16).
+_OF_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 415: {"Accept-Encoding": ACCEPTED}}
 
 
 def _error_reply(
@@ -28,7 +34,7 @@ def _error_reply(
         msgspec.json.encode({"success": False, "error": error}),
         status_code=status,
         media_type=MediaType.JSON,
-        headers=headers or {},
+        headers={**_OF_STATUS.get(status, {}), **(headers or {})},
     )
 
 
@@ -52,7 +58,9 @@ def _http_exception(request: Request[Any, Any, Any], error: HTTPException) -> Re
     elif isinstance(error.extra, list):
         details = {"field": ", ".join(str(part.get("key", "")) for part in error.extra if isinstance(part, dict))}
     _count(request, codes.get(error.status_code, "http_error"))
-    headers = dict(error.headers or {})  # for example `Allow` for status 405
+    headers = dict(error.headers or {})
+    if declared := headers.pop("allow", None):  # for status 405
+        headers["Allow"] = allowed_methods(declared.split(", "))
     return _error_reply(error.status_code, error.detail, codes.get(error.status_code, "http_error"), details, headers)
 
 

@@ -1,4 +1,4 @@
-"""The routes for supervisors and Prometheus: `/health/live`, `/health/ready` and `/metrics`."""
+"""The routes for supervisors and Prometheus: `/health/live`, `/health/ready`, its alias `/health`, and `/metrics`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -13,14 +13,14 @@ Readiness = Callable[[], Awaitable[tuple[bool, dict[str, Any]]]]
 
 
 def health(readiness: Readiness) -> list[HTTPRouteHandler]:
-    """Returns the routes `/health/live` and `/health/ready`. The first one always replies 200. The second one replies
-    200 if the process can do its work and 503 if it cannot, with the details of `readiness`."""
+    """Returns the routes `/health/live` and `/health/ready`, which is also `/health`. The first one always replies 200.
+    The second one replies 200 if the process can do its work and 503 if it cannot, with the details of `readiness`."""
 
     @get("/health/live", sync_to_thread=False)
     def live() -> Response[bytes]:
         return Response(b'{"status":"live"}', media_type=MediaType.JSON)
 
-    @get("/health/ready")
+    @get(["/health/ready", "/health"])
     async def ready() -> Response[bytes]:
         ready_now, details = await readiness()
         body = {"status": "ready" if ready_now else "not_ready", **details}

@@ -25,6 +25,7 @@ _ERRORS = {
     404: "It does not exist, or belongs to another restaurant",
     409: "Another change came first, or the current state forbids this one",
     413: f"More than {MAX_BODY_BYTES} bytes",
+    415: "The body has another Content-Encoding than gzip",
     422: "A field is invalid; `details.field` names it",
     429: "Too many requests; repeat after `Retry-After` seconds",
     500: "Something went wrong on our side",
@@ -39,6 +40,11 @@ _ERROR_EXAMPLES: dict[int, tuple[str, str, dict[str, Any]]] = {
     404: ("not_found", "no such order", {}),
     409: ("version_conflict", "another change came first", {"field": "If-Match", "version": 3}),
     413: ("body_too_large", "Request Entity Too Large", {"field": "body", "max_bytes": MAX_BODY_BYTES}),
+    415: (
+        "unsupported_media_type",
+        "the Content-Encoding must be gzip or absent",
+        {"field": "Content-Encoding", "allowed": ["gzip"]},
+    ),
     422: ("invalid_input", "Expected `int` >= 1", {"field": "items[0].quantity"}),
     429: ("rate_limited", "too many requests from this restaurant", {"limit": 10_000}),
     500: ("internal", "something went wrong on our side", {}),
@@ -60,6 +66,12 @@ _SYNC = {
     "required": ["state"],
     "examples": [{"state": "pending"}],
 }
+_ERROR_HEADERS = {
+    401: ("WWW-Authenticate",),
+    415: ("Accept-Encoding",),
+    429: ("Retry-After",),
+    503: ("Retry-After",),
+}
 _COMMON_REPLY_HEADERS = ("X-Request-Id", "X-Trace-Id", "RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset")
 _REPLY_HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
@@ -70,23 +82,26 @@ _REPLY_HEADERS: dict[str, dict[str, Any]] = {
     "RateLimit-Limit": {"schema": {"type": "integer"}, "description": "The limit of the restaurant or the address"},
     "RateLimit-Remaining": {"schema": {"type": "integer"}, "description": "How many requests are left"},
     "RateLimit-Reset": {"schema": {"type": "integer"}, "description": "Seconds until the full limit is available"},
+    "WWW-Authenticate": {"schema": {"const": "Bearer"}, "description": "How a client can authenticate"},
+    "Accept-Encoding": {"schema": {"const": "gzip"}, "description": "The encodings of bodies that the service reads"},
     "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait before a repeat"},
     "ETag": {"schema": {"type": "string"}, "description": "The version, for If-Match and If-None-Match"},
     "Idempotency-Replayed": {"schema": {"const": "true"}, "description": "An earlier request with the same key did it"},
 }
+_TAG = '(W/)?"[!#-~]*"'
 _REQUEST_HEADERS = {
     "Idempotency-Key": (
         "A request with the same key takes effect once, however often it is sent. An id in the body counts instead",
         {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
     ),
     "If-Match": (
-        'The required version, such as "3"; 409 if the current version differs',
-        {"type": "string", "pattern": '^([*]|(W/)?"?[1-9][0-9]{0,8}"?)$'},
+        'The required version, such as "3", or a list of versions; 409 if the current version is none of them',
+        {"type": "string", "pattern": f"^([*]|[0-9]+|{_TAG}( *, *{_TAG})*)$"},
     ),
-    "If-None-Match": ("The version that the client has; 304 if it is current", {"type": "string"}),
+    "If-None-Match": ("The version that the client has, or a list; 304 if it is current", {"type": "string"}),
     "Last-Event-ID": (
-        "The cursor of the last received event",
-        {"type": "string", "pattern": "^([0-9A-Za-z][0-9A-Za-z-]{0,63}-[0-9]{1,18}-[0-9]{1,6})?$"},
+        "The cursor of the last received event; after another text, the stream begins with `resync`",
+        {"type": "string"},
     ),
 }
 # Request headers that contain a secret other than the token, and the names of these secrets in the document.
@@ -271,7 +286,7 @@ def _responses(
     if operation.action != PUBLIC:
         statuses |= {401, 403}
     if operation.body is not None:
-        statuses |= {413, 422}
+        statuses |= {413, 415, 422}
     if has_parameters:
         statuses.add(422)
     if isinstance(operation.answer, View) and method != "GET":
@@ -298,7 +313,7 @@ def _error(status: int) -> dict[str, Any]:
             }
         },
     }
-    names = [*_COMMON_REPLY_HEADERS, *(("Retry-After",) if status in (429, 503) else ())]
+    names = [*_COMMON_REPLY_HEADERS, *_ERROR_HEADERS.get(status, ())]
     found["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
     return found
 

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from shared.http.methods import head_as_get
 from shared.observability import tracing
 
 REPLY_HEADERS = "ticketrail.reply_headers"
@@ -19,7 +20,8 @@ _HEADERS = [
 
 class ResponseHeaders:
     """ASGI middleware around the whole application. It adds the request id, the trace id and the security headers to
-    every response, even if no route matches. A response without a Content-Security-Policy gets the strictest one."""
+    every response, even if no route matches. A response without a Content-Security-Policy gets the strictest one. HEAD
+    is answered like GET."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -28,6 +30,8 @@ class ResponseHeaders:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            receive, send = head_as_get(scope, receive, send)
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else b""
         added: list[tuple[bytes, bytes]] = []

@@ -10,19 +10,21 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 
 from shared.http.api_docs import pages
-from shared.http.authorization import authorization
+from shared.http.authorization import ACTION, authorization
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import Call
 from shared.http.cors import cors
 from shared.http.error_replies import EXCEPTION_HANDLERS
 from shared.http.health import Readiness, health, metrics_route
 from shared.http.limits import Limits
+from shared.http.methods import allowed_methods
 from shared.http.openapi import Api
 from shared.http.response_headers import ResponseHeaders
 from shared.mirror.mirror import Mirror
 from shared.observability.logs import configure_logging
 from shared.observability.metrics import HttpMetrics, Metrics
 from shared.observability.tracing import Tracer
+from shared.security.permissions import PUBLIC
 from shared.security.tokens import Tokens
 from shared.settings import Settings
 
@@ -53,14 +55,9 @@ def create_service(
     `state`: the objects that handlers find in `request.app.state`, by name. `limits_mirror`: the mirror through which
     instances share the rate limits. With None, each instance applies the limits alone.
     """
+    handlers = [*api.handlers, *health(readiness), metrics_route(metrics), *pages(api)]
     app = Litestar(
-        route_handlers=[
-            *_options(api.handlers),
-            *api.handlers,
-            *health(readiness),
-            metrics_route(metrics),
-            *pages(api),
-        ],
+        route_handlers=[*_options(handlers), *handlers],
         state=State(dict(state)),
         middleware=[
             authorization(
@@ -78,15 +75,17 @@ def create_service(
     return ResponseHeaders(app)
 
 
-def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Lifespan) -> Litestar:
+def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Lifespan) -> ResponseHeaders:
     """Returns an application for a process without an API. It has only health and metrics."""
-    return Litestar(
-        route_handlers=[*health(readiness), metrics_route(metrics)],
+    handlers = [*health(readiness), metrics_route(metrics)]
+    app = Litestar(
+        route_handlers=[*_options(handlers), *handlers],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         openapi_config=None,
         logging_config=None,
     )
+    return ResponseHeaders(app)
 
 
 def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
@@ -95,12 +94,13 @@ def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:
     methods: dict[str, set[str]] = {}
     for handler in handlers:
         for path in handler.paths:
-            methods.setdefault(path, {"OPTIONS"}).update(handler.http_methods)
-    return [_options_of(path, ", ".join(sorted(found))) for path, found in methods.items()]
+            methods.setdefault(path, set()).update(handler.http_methods)
+    return [_options_of(path, allowed_methods(found)) for path, found in methods.items()]
 
 
 def _options_of(path: str, allowed: str) -> HTTPRouteHandler:
-    @route(path, http_method=HttpMethod.OPTIONS, status_code=204, sync_to_thread=False)
+    # A browser sends no token with its question whether a page may call the path.
+    @route(path, http_method=HttpMethod.OPTIONS, status_code=204, sync_to_thread=False, opt={ACTION: PUBLIC})
     def answer() -> Response[None]:
         return Response(None, status_code=204, headers={"Allow": allowed})
 

@@ -2,6 +2,6 @@
 
 
 def plain_email(email: str) -> str:
-    """Returns the email in lower case, as Python makes it. PostgreSQL's `lower` maps more spellings to one account than
-    Python (İ becomes i), and each spelling would have its own attempts."""
-    return email.lower()
+    """Returns the email without blanks around it, in lower case as Python makes it. PostgreSQL's `lower` maps more
+    spellings to one account than Python (İ becomes i), and each spelling would have its own attempts."""
+    return email.strip().lower()

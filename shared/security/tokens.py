@@ -240,6 +240,7 @@ class Tokens:
     def verify(self, authorization: str | None) -> Identity:
         """Returns the caller of a request from its `Authorization` header. Raises Unauthenticated."""
         scheme, _, token = (authorization or "").partition(" ")
+        token = token.strip(" ")  # the scheme may be followed by several blanks (RFC 9110, section 11.4)
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("the request needs an Authorization header with a Bearer token")
         if (known := self._verified.identity_of(token)) is not None:

@@ -7,14 +7,13 @@ the real worker.
 
 from collections.abc import Mapping, Sequence
 
-from litestar import Litestar
-
 from services.sync import worker
 from services.sync.ledger import ledger_loop
 from services.sync.ledger.repairs import Repairs
 from services.sync.ledger.sides import LogOnly
 from services.sync.writer import postgres_writer
 from services.sync.writer.intake import Intake
+from shared.http.response_headers import ResponseHeaders
 from shared.http.server import serve
 from shared.messaging.subscription import Delivery
 from shared.settings import Settings
@@ -35,7 +34,7 @@ class RepairsNothing(Repairs):
         return []
 
 
-def create() -> Litestar:
+def create() -> ResponseHeaders:
     ledger_loop.Repairs = RepairsNothing  # type: ignore[attr-defined]
     postgres_writer.Intake = AcknowledgesTooEarly  # type: ignore[attr-defined]
     return worker.create()

@@ -14,6 +14,7 @@ from shared.entities.order import OrderStatus
 from shared.messaging.position import LogPosition, checksum
 from shared.security.tokens import Role
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, message, order
+from tests.rigs.http_client import http_client
 from tests.rigs.notifier import (
     Notifier,
     NotifierRig,
@@ -258,21 +259,54 @@ async def test_cursor_ahead_of_an_instance_waits_until_the_instance_reaches_it(r
 @pytest.mark.parametrize(
     ("params", "headers", "field"),
     [
-        ({"lastEventId": "garbage"}, {}, "lastEventId"),
-        ({"lastEventId": "1-0123abcd"}, {}, "lastEventId"),
-        ({"lastEventId": "1-0123abcd-x"}, {}, "lastEventId"),
-        ({"lastEventId": f"{'9' * 30}-0123abcd-0"}, {}, "lastEventId"),
-        ({"lastEventId": "1-0123abcd-0"}, {"Last-Event-ID": "-1--2"}, "Last-Event-ID"),
         ({"orderID": "7"}, {}, "orderID"),
         ({"eventTypes": "order_created,dessert"}, {}, "eventTypes"),
+        ({"eventTypes": ["order_created", "dessert"]}, {}, "eventTypes"),
+        ({"foo": "1"}, {}, "foo"),
+        ({"orderId": str(uuid4())}, {}, "orderId"),
+        ({"orderID": [str(uuid4()), str(uuid4())]}, {}, "orderID"),
     ],
 )
 async def test_garbage_parameter_is_refused_by_name(
-    one_notifier: Notifier, params: dict[str, str], headers: dict[str, str], field: str
+    one_notifier: Notifier, params: dict[str, Any], headers: dict[str, str], field: str
 ) -> None:
     answer = await one_notifier.get(params=params, headers=headers)
     assert answer.status_code == 422
     assert answer.json()["error"]["details"]["field"] == field
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    ["event_123456", "garbage", "1-0123abcd", "1-0123abcd-x", f"{'9' * 30}-0123abcd-0", "-1--2", "null", "undefined"],
+)
+async def test_cursor_that_is_none_gets_a_resync_and_continues_live(rig: NotifierRig, cursor: str) -> None:
+    """Any status but 200 would end the EventSource of a browser for good."""
+    notifier = await rig.notifier()
+    async with notifier.screen(after=cursor) as header, notifier.screen(lastEventId=cursor) as query:
+        one = change(order())
+        await rig.publish_each(one)
+        for screen in (header, query):
+            await screen.first(2)
+            assert screen.names == ["resync", "order_created"]
+            assert screen.events[1].data["reason"] == "unreadable"
+            assert screen.events[2].data["orderID"] == one.entity_id
+
+
+async def test_event_types_may_be_repeated(rig: NotifierRig) -> None:
+    notifier = await rig.notifier()
+    created = change(order())
+    async with notifier.screen(eventTypes=["order_deleted", "order_created"]) as screen:  # type: ignore[arg-type]
+        await rig.publish_each(created)
+        (event,) = await screen.first(1)
+        assert (event.name, event.data["orderID"]) == ("order_created", created.entity_id)
+
+
+async def test_head_of_the_stream_ends_at_once_and_leaves_no_subscriber(one_notifier: Notifier) -> None:
+    async with http_client(headers={"Authorization": f"Bearer {token()}"}) as client:
+        reply = await client.head(f"{one_notifier.base}/api/v1/sync/events")
+    assert (reply.status_code, reply.content) == (200, b"")
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    await eventually(one_notifier.subscribers, what="no subscriber", until=lambda count: count == 0)
 
 
 async def test_stream_needs_a_token_and_a_restaurant(one_notifier: Notifier) -> None:

@@ -270,7 +270,7 @@ async def test_garbage_parameter_is_named(system: System, path: str, field: str)
 async def test_garbage_version_is_named(system: System) -> None:
     async with system.client() as client:
         placed = await place(client, system.order_body())
-        reply = await client.put(f"/api/orders/{placed['id']}", json={"notes": "x"}, headers={"If-Match": '"new"'})
+        reply = await client.put(f"/api/orders/{placed['id']}", json={"notes": "x"}, headers={"If-Match": "new"})
     assert reply.status_code == 422
     assert reply.json()["error"]["details"]["field"] == "If-Match"
 

@@ -23,7 +23,7 @@ from services.notifier.interest import Interest, interest_of
 from shared.entities.contract import encode
 from shared.errors import Unavailable
 from shared.http.call import Call
-from shared.http.endpoint import endpoint
+from shared.http.endpoint import endpoint, read_query
 
 # A cursor may be ahead of this instance, because another instance has read further. This instance waits this long for
 # it.
@@ -65,14 +65,24 @@ _NAMES = "|".join(KINDS)
 _UUID = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 
 
-class EventsQuery(Struct):
-    """Documents the parameters, which `interest_of` reads. Empty parameters count as absent."""
+class EventsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Empty parameters count as absent. The patterns only document them: `interest_of` says what is wrong, and a cursor
+    is never refused."""
 
-    order_id: Annotated[str, Meta(pattern=f"^({_UUID})?$")] | None = field(default=None, name="orderID")
-    event_types: (
-        Annotated[str, Meta(pattern=f"^(({_NAMES})(,({_NAMES}))*)?$", description="names, separated by commas")] | None
-    ) = field(default=None, name="eventTypes")
-    last_event_id: Annotated[str, Meta(pattern=f"^({PATTERN})?$")] | None = field(default=None, name="lastEventId")
+    order_id: Annotated[str, Meta(extra_json_schema={"pattern": f"^({_UUID})?$"})] = field(default="", name="orderID")
+    event_types: list[
+        Annotated[
+            str,
+            Meta(
+                extra_json_schema={"pattern": f"^(({_NAMES})(,({_NAMES}))*)?$"},
+                description="names, separated by commas",
+            ),
+        ]
+    ] = field(default_factory=list, name="eventTypes")
+    last_event_id: Annotated[
+        str,
+        Meta(description="the cursor of the last received event; after another text, the stream begins with resync"),
+    ] = field(default="", name="lastEventId")
 
 
 class StreamEvent(Struct):
@@ -115,21 +125,16 @@ async def events(request: Call) -> ASGIApp:
     # Both come from the application's state, because Litestar's dependency injection opens a task group per request.
     hub: Hub = request.app.state["hub"]
     follower: LogFollower = request.app.state["follower"]
-    query = request.query_params
-    interest = interest_of(request.identity, order_id=query.get("orderID"), event_types=query.get("eventTypes"))
-    cursor = _cursor(request.header(b"last-event-id"), query.get("lastEventId"))
+    query = read_query(request, EventsQuery)
+    interest = interest_of(request.identity, order_id=query.order_id, event_types=query.event_types)
+    # The header wins, because a browser that reconnects repeats its first query. An empty value counts as absent.
+    last_event_id = request.header(b"last-event-id") or query.last_event_id
+    cursor = parse_cursor(last_event_id) if last_event_id else None
     if not follower.serving:
         raise Unavailable("the recent changes are still being loaded", code="not_caught_up")
     if cursor is not None:
         await hub.reached(cursor, within=_AHEAD_TIMEOUT_SECONDS)
     return _Stream(hub, interest, cursor)
-
-
-def _cursor(header: str | None, query: str | None) -> Cursor | None:
-    """Returns the cursor of a request. The header wins, because a browser that reconnects repeats its first query. An
-    empty value counts as absent."""
-    from_query = parse_cursor(query, field="lastEventId") if query else None
-    return parse_cursor(header, field="Last-Event-ID") if header else from_query
 
 
 class _Stream:

@@ -11,12 +11,13 @@ from msgspec import Meta, Struct
 from services.orders import audit
 from services.orders.requests import Request
 from services.orders.route_context import context_of
-from shared.entities.contract import Label, Time
+from shared.entities.contract import Time
 from shared.errors import Unavailable
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, read_query
 from shared.http.replies import success
+from shared.http.texts import Label
 from shared.postgres.pool import UNAVAILABLE
 
 

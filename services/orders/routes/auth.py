@@ -10,38 +10,50 @@ from msgspec import Meta, Struct, structs
 from services.orders.requests import Request
 from services.orders.route_context import context_of
 from services.orders.sign_in import SignInSession, TableSession
-from shared.entities.contract import Label, encode
+from shared.entities.contract import NO_NUL, NO_NUL_SENTENCE, SENTENCE, encode
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import endpoint
 from shared.http.replies import success
+from shared.http.texts import END, Country, Currency, Email, Label
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.restaurants import Restaurant, RestaurantSettings
 from shared.security.permissions import PUBLIC
 from shared.security.tokens import Role
 
 _TAG = "Sign-in"
-# `$` alone also matches before a final newline. "ada@x.example\n" would then be another account than "ada@x.example".
-_END = r"$(?!\n)"
-Email = Annotated[str, Meta(max_length=254, pattern=rf"^[^@\s\x00]+@[^@\s\x00]+\.[^@\s\x00]+{_END}")]
 Password = Annotated[str, Meta(min_length=10, max_length=200)]
-Slug = Annotated[str, Meta(pattern=rf"^[a-z0-9](?:[a-z0-9-]{{0,48}}[a-z0-9])?{_END}")]
-Token = Annotated[str, Meta(min_length=1, max_length=200, pattern=rf"^[\x21-\x7e]+{_END}")]
+Slug = Annotated[
+    str,
+    Meta(
+        pattern=rf"^[a-z0-9](?:[a-z0-9-]{{0,48}}[a-z0-9])?{END}",
+        extra={SENTENCE: "must have 1 to 50 lower-case letters, digits or hyphens, and no hyphen at its ends"},
+    ),
+]
+Token = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=200,
+        pattern=rf"^[\x21-\x7e]+{END}",
+        extra={SENTENCE: "must have visible ASCII characters only"},
+    ),
+]
 
 
 class SettingsRequest(RestaurantSettings, frozen=True, forbid_unknown_fields=True):
-    pass
+    country: Country | None = None
 
 
 class RegisterRestaurant(Request):
     """`tax_basis_points`: 500 means 5 %. A sale before `cutoff_hour` belongs to the previous business day."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")]
+    name: Label
     slug: Slug
     email: Email
     password: Password
-    admin_name: Label = ""
-    currency: Annotated[str, Meta(pattern="^[A-Z]{3}$", max_length=3)] = "EUR"
+    admin_name: Label | None = None
+    currency: Currency = "EUR"
     time_zone: Label = "UTC"
     cutoff_hour: Annotated[int, Meta(ge=0, le=23)] = 4
     tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)] = 500
@@ -49,7 +61,7 @@ class RegisterRestaurant(Request):
 
 
 class Login(Request):
-    email: Annotated[str, Meta(max_length=254, pattern=r"^[^\x00]*$")]
+    email: Annotated[str, Meta(max_length=254, pattern=NO_NUL, extra={SENTENCE: NO_NUL_SENTENCE})]
     password: Annotated[str, Meta(max_length=200)]
 
 
@@ -115,7 +127,7 @@ async def register_restaurant(request: Call) -> ASGIApp:
         settings=requested.settings,
     )
     session = await context.sign_in.register(
-        restaurant, requested.email, requested.admin_name, requested.password, address_of(request)
+        restaurant, requested.email, requested.admin_name or "", requested.password, address_of(request)
     )
     with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the reconciler adds it later
         await context.mirror.keep_restaurant(restaurant.id, encode(restaurant))

@@ -13,12 +13,12 @@ from services.orders.idempotency import RequestKey
 from services.orders.lists import list_reply, selection
 from services.orders.resources import RESOURCES, Context, Resource
 from services.orders.route_context import RouteContext, context_of, found_reply, receipt_reply
-from services.orders.routes.orders import version_in
 from shared.entities import menu_item
 from shared.errors import NotFound
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id, read_query
+from shared.http.etags import is_known, required_versions
 from shared.http.replies import Reply
 from shared.security.tokens import Identity
 
@@ -103,14 +103,14 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         if state.deleted_at is not None:
             raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
         # Derived fields change without a new version, so only an entity without them can be unmodified.
-        known = None if resource.derived_types else request.header(b"if-none-match")
-        return found_reply(found, known, **await _derived_fields(context, resource, identity, state))
+        known = not resource.derived_types and is_known(request, found.head.version)
+        return found_reply(found, known=known, **await _derived_fields(context, resource, identity, state))
 
     @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
     async def update(request: Call) -> ASGIApp:
         fields = requested_fields(read_body(await request.whole_body(), resource.update))
         identity, context = request.identity, context_of(request)
-        id_, version = _id(request, resource), version_in(request)
+        id_, versions = _id(request, resource), required_versions(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
         before = (await context.reads.one(entity, identity.tenant, id_)).decoded()
         prepared = await resource.prepare(context.figures, restaurant, fields, before)
@@ -118,20 +118,20 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             identity,
             entity,
             id_,
-            version,
+            versions,
             lambda state, at: resource.after(state, fields, Context(restaurant, at, prepared)),
         )
         return await _reply(request, receipt)
 
     @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
     async def delete(request: Call) -> ASGIApp:
-        id_, version = _id(request, resource), version_in(request)
-        return await _reply(request, await context_of(request).changes.delete(request.identity, entity, id_, version))
+        id_, versions = _id(request, resource), required_versions(request)
+        return await _reply(request, await context_of(request).changes.delete(request.identity, entity, id_, versions))
 
     @endpoint("POST", f"{one}/restore", **of_one, summary=f"Restore {a_noun} that was deleted")
     async def restore(request: Call) -> ASGIApp:
-        id_, version = _id(request, resource), version_in(request)
-        return await _reply(request, await context_of(request).changes.restore(request.identity, entity, id_, version))
+        id_, versions = _id(request, resource), required_versions(request)
+        return await _reply(request, await context_of(request).changes.restore(request.identity, entity, id_, versions))
 
     async def _reply(request: Call, receipt: Receipt, *, status: int = 200) -> Reply:
         context = context_of(request)

@@ -1,7 +1,6 @@
 """/api/orders: place, list, read, change, delete and restore orders."""
 
 import contextlib
-import re
 from typing import Any
 
 from litestar.types import ASGIApp
@@ -12,28 +11,17 @@ from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.route_context import context_of, found_reply, receipt_reply
 from services.orders.views import sync_of
 from shared.entities import order as orders
-from shared.errors import InvalidInput, NotFound, Unavailable
+from shared.errors import NotFound, Unavailable
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id, read_query
+from shared.http.etags import is_known, required_versions
 from shared.security.tokens import Role
 
 _TAG = "Orders"
 _ENTITY = orders.ENTITY
 _VIEW = View(_ENTITY)
-_ETAG = re.compile(r'^(?:W/)?"?([1-9][0-9]{0,8})"?$')
 _ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
-
-
-def version_in(request: Call) -> int | None:
-    """Returns the version in the header If-Match, or None for any version (no header, or `*`). Raises InvalidInput."""
-    text = request.header(b"if-match")
-    if text is None or text.strip() == "*":
-        return None
-    found = _ETAG.match(text.strip())
-    if found is None:
-        raise InvalidInput('must be a version, such as "3"', field="If-Match")
-    return int(found[1])
 
 
 @endpoint(
@@ -109,7 +97,7 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
         raise NotFound("no such order")
     if order.deleted_at is not None:
         raise NotFound("the order is deleted", code="order_deleted")
-    return found_reply(found, request.header(b"if-none-match"))
+    return found_reply(found, known=is_known(request, found.head.version))
 
 
 @endpoint(
@@ -127,8 +115,8 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def update_order(request: Call, order_id: str) -> ASGIApp:
     requested = read_body(await request.whole_body(), UpdateOrder)
-    id_, version = path_id(order_id, "order_id"), version_in(request)
-    return receipt_reply(await context_of(request).order_commands.update(request.identity, id_, requested, version))
+    id_, versions = path_id(order_id, "order_id"), required_versions(request)
+    return receipt_reply(await context_of(request).order_commands.update(request.identity, id_, requested, versions))
 
 
 @endpoint(
@@ -142,8 +130,8 @@ async def update_order(request: Call, order_id: str) -> ASGIApp:
     headers=("If-Match",),
 )
 async def delete_order(request: Call, order_id: str) -> ASGIApp:
-    id_, version = path_id(order_id, "order_id"), version_in(request)
-    return receipt_reply(await context_of(request).order_commands.delete(request.identity, id_, version))
+    id_, versions = path_id(order_id, "order_id"), required_versions(request)
+    return receipt_reply(await context_of(request).order_commands.delete(request.identity, id_, versions))
 
 
 @endpoint(
@@ -157,8 +145,8 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
     headers=("If-Match",),
 )
 async def restore_order(request: Call, order_id: str) -> ASGIApp:
-    id_, version = path_id(order_id, "order_id"), version_in(request)
-    return receipt_reply(await context_of(request).order_commands.restore(request.identity, id_, version))
+    id_, versions = path_id(order_id, "order_id"), required_versions(request)
+    return receipt_reply(await context_of(request).order_commands.restore(request.identity, id_, versions))
 
 
 @endpoint(
@@ -176,7 +164,7 @@ async def sync_order(request: Call, order_id: str) -> ASGIApp:
     id_, context = path_id(order_id, "order_id"), context_of(request)
     found = await context.reads.one(_ENTITY, request.identity.tenant, id_)
     if found.document is None or not found.document.pending:
-        return found_reply(found, None)
+        return found_reply(found)
     return receipt_reply(await context.order_commands.record_again(request.identity, found))
 
 

@@ -10,14 +10,15 @@ from msgspec import UNSET, Meta, UnsetType
 from services.orders.accounts import User
 from services.orders.requests import Request
 from services.orders.route_context import context_of
-from services.orders.routes.auth import Email, Password, address_of
-from shared.entities.contract import Label, now
+from services.orders.routes.auth import Password, address_of
+from shared.entities.contract import now
 from shared.errors import Unauthenticated
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
 from shared.http.replies import success
+from shared.http.texts import Email, Label
 
 _TAG = "Users"
 
@@ -32,7 +33,7 @@ class CreateUser(Request):
     email: Email
     password: Password
     role: UserRole
-    name: Label = ""
+    name: Label | None = None
 
 
 class UpdateUser(Request):
@@ -70,7 +71,7 @@ async def create_user(request: Call) -> ASGIApp:
     tenant = await _tenant(request)
     await context.sign_in.count_user(address_of(request))
     hashed = await context.sign_in.hash(requested.password)
-    user = await context.accounts.add(tenant, requested.email, requested.name, requested.role, hashed)
+    user = await context.accounts.add(tenant, requested.email, requested.name or "", requested.role, hashed)
     return success(user, status=201)
 
 

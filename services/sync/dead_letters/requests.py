@@ -7,7 +7,7 @@ from uuid import UUID
 from msgspec import Meta, Struct
 
 from services.sync.dead_letters.store import DeadLetterQuery
-from services.sync.request_fields import NO_NUL, Name, Why
+from services.sync.request_fields import Name, Why
 from shared.entities.contract import Time, in_range
 from shared.errors import InvalidInput
 
@@ -32,12 +32,7 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     from_: Annotated[Time, Meta(description="the earliest time of the last failure")] | None = None
     to: Time | None = None
     status: DeadLetterStatus | None = None
-    text: (
-        Annotated[
-            str, Meta(min_length=1, max_length=200, pattern=NO_NUL, description="a text in the error, place or body")
-        ]
-        | None
-    ) = None
+    text: Annotated[Name, Meta(min_length=1, description="a text in the error, place or body")] | None = None
 
     def query(self, ids: tuple[str, ...] = ()) -> DeadLetterQuery:
         """Returns the filter in the form of the store. Raises InvalidInput."""
@@ -55,12 +50,22 @@ class DeadLetterFilter(Struct, forbid_unknown_fields=True, kw_only=True, rename=
             restaurant_id=str(self.restaurant_id) if self.restaurant_id else None,
             failed_from=self.from_,
             failed_to=self.to,
-            statuses=(self.status.value,) if self.status else (),
+            statuses=self._statuses(),
             text=self.text,
         )
 
+    def _statuses(self) -> tuple[str, ...]:
+        return (self.status.value,) if self.status else ()
 
-class DeadLettersQuery(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
+
+class DeadLetterGroupsQuery(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
+    status: list[DeadLetterStatus] | None = None  # type: ignore[assignment]
+
+    def _statuses(self) -> tuple[str, ...]:
+        return tuple(status.value for status in self.status or ())
+
+
+class DeadLettersQuery(DeadLetterGroupsQuery, kw_only=True, rename={"from_": "from"}):
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
     cursor: Annotated[str, Meta(max_length=200, description="next_cursor of the previous page")] | None = None
 

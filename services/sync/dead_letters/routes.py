@@ -13,7 +13,7 @@ from services.sync.dead_letters import store as dead_letter_store
 from services.sync.dead_letters.repairs import DeadLetterRepairs
 from services.sync.dead_letters.replay_jobs import ReplayItem, ReplayJob, ReplayPlan
 from services.sync.dead_letters.requests import (
-    DeadLetterFilter,
+    DeadLetterGroupsQuery,
     DeadLettersQuery,
     DiscardDeadLetter,
     EditDeadLetter,
@@ -70,11 +70,11 @@ async def list_dead_letters(request: Call) -> ASGIApp:
     tag=_TAG,
     summary="Group dead letters by cause, largest group first",
     description="`trend`: the number of dead letters that failed last in each of the past 24 hours, oldest hour first.",
-    query=DeadLetterFilter,
+    query=DeadLetterGroupsQuery,
     answer=list[DeadLetterGroup],
 )
 async def list_groups(request: Call) -> ASGIApp:
-    query = read_query(request, DeadLetterFilter)
+    query = read_query(request, DeadLetterGroupsQuery)
     async with sync_context(request).connection_for(request.identity) as connection:
         return success(await dead_letter_store.groups(connection, query.query()))
 

@@ -11,7 +11,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 import msgspec
 from msgspec import Meta, Struct
 
-from shared.entities.contract import Amount, Label, Lane, Money, Text, Time, in_range
+from shared.entities.contract import NO_NUL, NO_NUL_SENTENCE, SENTENCE, Amount, Lane, Money, Text, Time, in_range
 from shared.entities.order import (
     Customization,
     Order,
@@ -22,6 +22,7 @@ from shared.entities.order import (
     payment_status,
 )
 from shared.errors import Conflict, InvalidInput
+from shared.http.texts import Label
 from shared.restaurants import Restaurant
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/external-order")
@@ -71,9 +72,9 @@ class ExternalOrder(_External):
 
     restaurant_id: UUID
     items: Annotated[list[ExternalItem], Meta(min_length=1, max_length=1_000)]
-    external_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
-    convex_id: Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^\\x00]*$")] | None = None
-    order_number: Annotated[str, Meta(max_length=40, pattern="^[^\\x00]*$")] = ""
+    external_id: Label | None = None
+    convex_id: Label | None = None
+    order_number: Annotated[str, Meta(max_length=40, pattern=NO_NUL, extra={SENTENCE: NO_NUL_SENTENCE})] = ""
     status: OrderStatus = OrderStatus.PENDING
     table_id: UUID | None = None
     customer_id: UUID | None = None

@@ -1,0 +1,179 @@
+"""The texts of requests: which ones are refused, in which form they are kept, and the sentence of every pattern."""
+
+from typing import Any
+
+import msgspec
+import phonenumbers
+import pytest
+
+from services.notifier.transports import API as NOTIFIER
+from services.orders.requests import CreateCustomer, CreateMenuItem, CreateTable, OrdersQuery, PlaceOrder, RecordPayment
+from services.orders.routes import API as ORDERS
+from services.orders.routes.auth import RegisterRestaurant
+from services.orders.routes.users import CreateUser
+from services.sync.api import API as SYNC
+from shared.errors import InvalidInput
+from shared.http.bodies import read_body
+from shared.http.field_rules import field_rules
+from shared.http.openapi import operations
+from shared.iso_codes import COUNTRIES, CURRENCIES
+
+DISH = {"name": "Dosa", "price": 1, "category": "Mains"}
+USER = {"email": "kim@shop.example", "password": "another long passphrase", "role": "staff"}
+SHOP = {"name": "Shop", "slug": "shop", "email": "kim@shop.example", "password": "another long passphrase"}
+
+
+def refusal(type_: Any, **fields: Any) -> InvalidInput:
+    with pytest.raises(InvalidInput) as refused:
+        read_body(msgspec.json.encode(fields), type_)
+    return refused.value
+
+
+BLANK = ["", " ", "   ", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u200d", "\u2060 \u00ad", "\u2800"]
+CONTROL = [
+    "\x00",
+    "a\x00",
+    "a\tb",
+    "a\nb",
+    "a\n",
+    "\x1b[31mred",
+    "a\x7f",
+    "a\x85b",
+    "a\u2028b",
+    "a\u202eb",
+    "a\u200bb",
+    "\ufeffa",
+]
+
+
+@pytest.mark.parametrize("text", [*BLANK, *CONTROL], ids=ascii)
+@pytest.mark.parametrize(
+    ("type_", "fields", "field"),
+    [
+        (CreateMenuItem, DISH, "name"),
+        (CreateMenuItem, DISH, "brand"),
+        (CreateTable, {"label": "1", "seats": 2}, "label"),
+        (RecordPayment, {"amount": 1, "method": "card"}, "method"),
+        (CreateUser, USER, "name"),
+        (RegisterRestaurant, SHOP, "name"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_blank_label_and_one_with_control_characters_are_refused(
+    type_: Any, fields: dict[str, Any], field: str, text: str
+) -> None:
+    refused = refusal(type_, **{**fields, field: text})
+    assert refused.details["field"] == field
+    assert "must not be blank" in refused.message
+    assert "control characters" in refused.message
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("  Dosa ", "Dosa"),
+        ("Gro\u0308\u00dfe L", "Gr\u00f6\u00dfe L"),
+        ("\u00a0Pho\u3000", "Pho"),
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"),
+        ("\U0001f468\u200d\U0001f373", "\U0001f468\u200d\U0001f373"),
+    ],
+    ids=ascii,
+)
+def test_label_is_kept_in_nfc_without_blanks_around_it(sent: str, kept: str) -> None:
+    dish = {**DISH, "name": sent, "customizations": [{"name": sent, "options": [{"name": sent}]}]}
+    found = read_body(msgspec.json.encode(dish), CreateMenuItem)
+    group = found.customizations[0]
+    assert [found.name, group.name, group.options[0].name] == [kept, kept, kept]
+    choice = {"menu_item_id": "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11", "quantity": 1}
+    order = {"items": [{**choice, "customizations": [{"name": sent, "option": sent}]}]}
+    chosen = read_body(msgspec.json.encode(order), PlaceOrder).items[0].customizations[0]
+    assert (chosen.name, chosen.option) == (kept, kept)
+
+
+def test_note_keeps_its_lines_and_blanks() -> None:
+    order = {"items": [{"menu_item_id": "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11", "quantity": 1}], "notes": " a\n b "}
+    assert read_body(msgspec.json.encode(order), PlaceOrder).notes == " a\n b "
+
+
+@pytest.mark.parametrize(
+    "email", ["a@b", "a", "a@b.", "a@.b", "a b@c.d", "a@b..c", "a@b.c\n", "a\u200b@b.c", "@b.c", ""]
+)
+@pytest.mark.parametrize(
+    ("type_", "fields"),
+    [(CreateUser, USER), (RegisterRestaurant, SHOP), (CreateCustomer, {"name": "Ada"})],
+    ids=["user", "restaurant", "customer"],
+)
+def test_every_email_obeys_one_rule(type_: Any, fields: dict[str, Any], email: str) -> None:
+    refused = refusal(type_, **{**fields, "email": email})
+    assert (refused.message, refused.details) == ("not an email address", {"field": "email"})
+    assert read_body(msgspec.json.encode({**fields, "email": " Ada@x.example "}), type_).email == "Ada@x.example"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "word"),
+    [
+        ({"currency": "ZZZ"}, "currency", "ISO 4217"),
+        ({"currency": "eur"}, "currency", "ISO 4217"),
+        ({"currency": "XXX"}, "currency", "ISO 4217"),
+        ({"settings": {"country": "UK"}}, "settings.country", "ISO 3166-1"),
+        ({"settings": {"country": "ZZ"}}, "settings.country", "ISO 3166-1"),
+        ({"settings": {"country": "gb"}}, "settings.country", "ISO 3166-1"),
+    ],
+)
+def test_country_and_currency_are_codes_of_iso(fields: dict[str, Any], field: str, word: str) -> None:
+    refused = refusal(RegisterRestaurant, **{**SHOP, **fields})
+    assert refused.details == {"field": field}
+    assert word in refused.message
+
+
+def test_lists_of_codes_are_complete() -> None:
+    countries, currencies = COUNTRIES.split(), CURRENCIES.split()
+    assert (len(countries), len(set(countries))) == (249, 249)
+    # phonenumbers also has Ascension Island, Tristan da Cunha and Kosovo, which have no code of their own.
+    assert phonenumbers.SUPPORTED_REGIONS - {"AC", "TA", "XK"} <= set(countries)
+    assert len(set(currencies)) == len(currencies) > 150
+    assert {"EUR", "GBP", "USD", "CHF", "JPY", "INR", "PLN", "XCG"} <= set(currencies)
+
+
+def test_error_of_an_enumeration_lists_what_is_allowed() -> None:
+    refused = refusal(CreateUser, **{**USER, "role": "chef"})
+    assert refused.message == "must be one of admin, staff, customer"
+    assert refused.details == {"field": "role", "allowed": ["admin", "staff", "customer"]}
+
+
+def test_every_pattern_of_a_request_has_a_sentence() -> None:
+    """Without one, the client reads that the text `has the wrong form`."""
+    found = 0
+    for _, path, operation in operations([*ORDERS.handlers, *SYNC.handlers, *NOTIFIER.handlers]):
+        for type_ in (operation.body, operation.query):
+            for rule in field_rules(type_) if type_ is not None else ():
+                if rule.pattern is not None:
+                    found += 1
+                    assert rule.sentence, (path, rule.path, rule.pattern)
+    assert found > 50
+    assert [rule.path for rule in field_rules(OrdersQuery) if rule.allowed] == ["sync_state", "status[]"]
+
+
+@pytest.mark.parametrize("number", ["1.0", "1e0", "10e-1", "100E-2", "1.000000000000000000000000000000000"])
+def test_whole_number_is_an_integer_however_it_is_written(number: str) -> None:
+    body = f'{{"amount": {number}, "method": "card"}}'.encode()
+    assert read_body(body, RecordPayment).amount == 1
+
+
+@pytest.mark.parametrize(
+    "number", ["1.5", "1e-1", "1e999999999", "1e99999999999999999999999", "-1e400", "1.00000000000000000001", "1e13"]
+)
+def test_other_numbers_are_no_integers(number: str) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_body(f'{{"amount": {number}, "method": "card"}}'.encode(), RecordPayment)
+    assert refused.value.details["field"] == "amount"
+
+
+def test_large_whole_number_keeps_every_digit() -> None:
+    assert read_body(b'{"amount": 999999999999.0, "method": "card"}', RecordPayment).amount == 999_999_999_999
+
+
+def test_text_that_cannot_be_stored_is_refused_beside_a_whole_number() -> None:
+    with pytest.raises(InvalidInput) as refused:
+        read_body(b'{"amount": 1.0, "method": "\\ud800"}', RecordPayment)
+    assert refused.value.details["field"] in ("method", "amount")
