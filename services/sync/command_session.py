@@ -1,6 +1,7 @@
 """Opens connections for the commands of `ticketrail`, and reports each error as one line."""
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -32,9 +33,15 @@ async def connected(settings: Settings, url: str) -> AsyncIterator[Connection]:
         await postgres.close()
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    """Runs a command. Reports an expected error, such as an unavailable backend, as one line with exit code 1."""
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+def run(work: Coroutine[Any, Any, Any], *, quiet: bool = False) -> Any:
+    """Runs a command. Reports an expected error, such as an unavailable backend, as one line with exit code 1. `quiet`:
+    logs nothing, because the command itself says which backends are away."""
+    structlog.configure(
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL if quiet else logging.NOTSET),
+    )
+    # Without a handler, Python prints the warnings of libraries, such as one for each attempt to connect.
+    logging.getLogger().handlers[:] = [logging.NullHandler()] if quiet else []
     try:
         return asyncio.run(work)
     except TicketrailError as error:

@@ -160,6 +160,13 @@ class Entity:
     upcasts."""
     writes: int = 1
     """The major version that this release writes. A version is read in one release and written in the next."""
+    alias: str = ""
+    """The name in the terminals' contract, if it is not the name in camel case."""
+
+    @property
+    def wire_alias(self) -> str:
+        """The name in the terminals' contract: `inventory_item` -> `InventoryItem`."""
+        return self.alias or self.name.title().replace("_", "")
 
     @property
     def reads(self) -> int:

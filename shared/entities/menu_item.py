@@ -63,6 +63,7 @@ class MenuItem(Struct, frozen=True, kw_only=True):
 
 ENTITY = Entity(
     name="menu_item",
+    alias="Product",
     state=MenuItem,
     events=frozenset({"created", "updated", "deleted", "restored"}),
     lane=Lane.NORMAL,

@@ -184,6 +184,7 @@ def _hold_rows(order: Order) -> list[StockHold]:
 
 ENTITY = Entity(
     name="order",
+    alias="SaleOrder",
     state=Order,
     events=frozenset({"created", "updated", "status_changed", "payment_recorded", "deleted", "restored"}),
     lane=Lane.CRITICAL,

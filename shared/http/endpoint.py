@@ -53,6 +53,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     """Type of `data`, or a View. For an event stream: the type of one event."""
     many: bool = False
     """`data` is a list of `answer`, with `pagination`."""
+    bare: bool = False
+    """The reply is `answer` alone, without the envelope."""
     status: int = 200
     errors: tuple[int, ...] = ()
     """Error statuses in addition to those that openapi.py lists for every route of this kind."""

@@ -275,6 +275,8 @@ def _responses(
     ok: dict[str, Any] = {"description": "Done", "headers": _headers(operation)}
     if operation.media_type != "application/json":
         schema = {"type": "string"} if operation.answer is None else schema_of[id(operation.answer)]
+    elif operation.bare:
+        schema = schema_of[id(operation.answer)]
     else:
         schema = _envelope(method, operation, schema_of, components)
     shown = example_of(schema, components, {"data": [hint] if operation.many else hint})

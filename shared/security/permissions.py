@@ -38,7 +38,7 @@ ACTIONS: dict[str, frozenset[Role]] = {
     "users.manage": _ADMIN,
     "audit.read": _ADMIN,
     "deleted.read": _ADMIN,
-    "sync.read": _STAFF,
+    "sync.read": _STAFF | _OPERATORS,
     "events.follow": _GUESTS,
     "dead_letters.read": frozenset({Role.OPERATOR, Role.ADMIN}),
     "dead_letters.repair": _OPERATORS,

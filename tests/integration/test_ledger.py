@@ -545,3 +545,23 @@ async def test_drain_exits_with_1_if_it_sets_a_file_aside_although_every_entry_i
     assert "the file was damaged and set aside" in err
     assert "damaged entries" not in err
     assert (await ledger_rig.cli("journal", "drain", str(path)))[0] == 0
+
+
+async def test_ledger_prints_one_line_for_each_backend_that_is_away(ledger_rig: LedgerRig) -> None:
+    settings = ledger_rig.rig.settings
+    nobody = "127.0.0.1:9"
+    ledger_rig.rig.settings = settings.model_copy(
+        update={"database_ops_url": f"postgresql://nobody:x@{nobody}/none", "rabbitmq_url": f"amqp://x:x@{nobody}/"}
+    )
+    try:
+        code, out, err = await ledger_rig.cli("ledger")
+        assert (code, out) == (2, "")
+        postgres, rabbitmq = err.splitlines()
+        assert postgres.startswith("Error: postgres is away: ConnectionRefusedError")
+        assert rabbitmq.startswith("Error: rabbitmq is away: ")
+        ledger_rig.rig.settings = settings.model_copy(update={"redis_url": f"redis://{nobody}/0"})
+        code, out, err = await ledger_rig.cli("ledger")
+        assert (code, err) == (0, "")
+        assert [line for line in out.splitlines() if "mirror" in line] == ["unavailable: mirror"]
+    finally:
+        ledger_rig.rig.settings = settings

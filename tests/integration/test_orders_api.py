@@ -386,7 +386,7 @@ async def test_sync_status_counts_pending_changes(system: System) -> None:
         await place(client, system.order_body())
 
         async def status() -> dict[str, Any]:
-            found: dict[str, Any] = (await sync.get("/api/sync/status")).json()["data"]
+            found: dict[str, Any] = (await sync.get("/api/ops/sync")).json()["data"]
             return found
 
         found = await eventually(status, until=lambda seen: seen["totals"]["pending"] == 0, what="no pending change")

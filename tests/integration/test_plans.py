@@ -7,6 +7,7 @@ The tests check both: the first run, the run after ten others, and the plan for 
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -137,7 +138,8 @@ async def held_stock(database: Database) -> Any:
 
 
 async def status_of_sync(database: Database) -> Any:
-    return await sync_status(Settings(), database.api, database.mirror, database.restaurant.id)
+    restaurant = database.restaurant.id
+    return await sync_status(Settings(), partial(database.api.tenant, restaurant), database.mirror, restaurant)
 
 
 def before_the_last_page(database: Database) -> tuple[datetime, str]:

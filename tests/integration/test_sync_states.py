@@ -14,7 +14,7 @@ from msgspec import structs
 
 from shared.entities import order as orders
 from shared.mirror import keys
-from shared.security.tokens import Role
+from shared.security.tokens import Identity, Role, Tokens
 from tests.rigs.builders import change
 from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
@@ -84,14 +84,8 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
         assert await listed(staff, "synced") == [good]
 
         async with system.client(token=restaurant.token_of(Role.STAFF), service="sync") as client:
-            status = expect(await client.get("/api/sync/status"))
-        assert (
-            status["summary"],
-            status["tables"]["orders" if "orders" in status["tables"] else "order"]["failed"],
-        ) == (
-            "failed",
-            1,
-        )
+            status = expect(await client.get("/api/ops/sync"))
+        assert (status["summary"], status["tables"]["order"]["failed"]) == ("failed", 1)
 
         async with system.frozen("worker"):
             again = expect(await staff.post(f"/api/orders/{bad}/sync"))
@@ -181,3 +175,51 @@ async def test_open_conflict_is_shown_from_both_stores_until_it_is_resolved(
         await connection.execute("update conflicts set resolved_at = now() where entity_id = $1", id_)
     await becomes(staff, id_, "synced")
     assert await listed(staff, "conflict") == []
+
+
+async def test_sync_status_has_the_exact_fields_of_the_terminals_contract_and_operators_read_all_of_it(
+    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
+) -> None:
+    notes = f"refused {uuid4()}"
+    async with refusing(system, notes):
+        good, bad = await place(restaurant, staff), await place(restaurant, staff, notes=notes)
+        await becomes(staff, bad, "failed")
+        await becomes(staff, good, "synced")
+        tokens = Tokens(system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=600)
+        operator = tokens.issue(Identity(str(uuid4()), Role.OPERATOR, "", "nadia@ops.example", "a session"))
+        async with (
+            system.client(token=restaurant.token_of(Role.STAFF), service="sync") as client,
+            system.client(token=operator, service="sync") as nadia,
+        ):
+
+            async def status() -> dict[str, Any]:
+                found: dict[str, Any] = (await client.get("/api/sync/status", params={"terminalId": "T-7"})).json()
+                return found
+
+            # The dish is written by another lane than the orders.
+            found = await eventually(status, what="the dish", until=lambda one: one["tables"]["Product"]["synced"] == 1)
+            counts = {"pending": 0, "failed": 0, "synced": 0, "conflicts": 0}
+            names = ("SaleOrder", "Product", "Table", "Category", "Brand", "Bay", "Job", "Customer", "InventoryItem")
+            assert found == {
+                "terminalId": "T-7",
+                "tables": {
+                    **dict.fromkeys(names, counts),
+                    "SaleOrder": {**counts, "pending": 1, "failed": 1, "synced": 1},
+                    "Product": {**counts, "synced": 1},
+                },
+                "totals": {**counts, "pending": 1, "failed": 1, "synced": 2},
+                "summary": {
+                    "totalTables": 9,
+                    "tablesWithPending": 1,
+                    "tablesWithFailed": 1,
+                    "tablesWithSynced": 2,
+                    "tablesWithConflicts": 0,
+                },
+            }
+            ours = {"restaurant_id": restaurant.id}
+            assert (await nadia.get("/api/sync/status", params=ours)).json() == {**found, "terminalId": None}
+            everything = expect(await nadia.get("/api/ops/sync"))
+            assert everything["totals"]["failed"] >= 1
+            assert everything["totals"]["synced"] > found["totals"]["synced"]
+            other = await client.get("/api/ops/sync", params={"restaurant_id": str(uuid4())})
+            refused(other, 403, "forbidden", "restaurant_id")

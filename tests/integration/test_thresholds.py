@@ -4,6 +4,7 @@ when it no longer is."""
 import asyncio
 import math
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 from structlog.testing import capture_logs
@@ -81,15 +82,17 @@ async def test_exceeded_threshold_is_logged_once_per_restaurant_and_again_when_i
 async def test_status_flags_and_lists_exceeded_thresholds(rig: Rig) -> None:
     settings = rig.settings.model_copy(update={"pending_warning_changes": 1, "failed_warning_changes": 1})
     api = Postgres(settings.database_api_url, settings)
+    tenant = partial(api.tenant, RESTAURANT)
     try:
-        status = await sync_status(settings, api, rig.mirror, RESTAURANT)
-        assert (status["summary"], status["above_threshold"], status["warnings"]) == ("synced", False, [])
+        status = await sync_status(settings, tenant, rig.mirror, RESTAURANT)
+        assert (status.summary, status.above_threshold, status.warnings) == ("synced", False, [])
         made = await reveal(rig, 2)
         await fail(rig, made[:1])
-        status = await sync_status(settings, api, rig.mirror, RESTAURANT)
-        assert (status["summary"], status["above_threshold"]) == ("failed", True)
-        assert [(one.state, one.count, one.threshold) for one in status["warnings"]] == [("pending", 2, 1)]
-        assert (status["totals"]["pending"], status["tables"]["order"]["failed"]) == (2, 1)
-        assert (await sync_status(settings, api, rig.mirror, OTHER_RESTAURANT))["summary"] == "synced"
+        status = await sync_status(settings, tenant, rig.mirror, RESTAURANT)
+        assert (status.summary, status.above_threshold) == ("failed", True)
+        assert [(one.state, one.count, one.threshold) for one in status.warnings] == [("pending", 2, 1)]
+        assert (status.totals.pending, status.tables["order"].failed) == (2, 1)
+        other = partial(api.tenant, OTHER_RESTAURANT)
+        assert (await sync_status(settings, other, rig.mirror, OTHER_RESTAURANT)).summary == "synced"
     finally:
         await api.close()

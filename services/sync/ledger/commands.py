@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from services.sync.command_backends import backends_away
 from services.sync.command_options import Number, Since
 from services.sync.command_output import console
 from services.sync.command_session import run
@@ -28,6 +29,8 @@ from shared.settings import Settings
 _COLUMNS = ("accepted", "synced", "queued", "retrying", "journaled", "dead", "unexplained")
 _MAX_LISTED = 50
 _EXIT_UNAVAILABLE = 2
+_NEEDED = {"postgres", "rabbitmq"}
+"""The backends without which there is no report. Without the mirror it only lacks hints."""
 
 
 @click.command("ledger")
@@ -62,10 +65,11 @@ def ledger_command(
         if watch:
             report = _watch(start, interval, as_json, timeout)
         else:
-            report = run(_once(start, timeout))
+            report = run(_once(start, timeout), quiet=True)
             _show(report, as_json)
     except click.ClickException as error:
-        click.echo(f"Error: {error.message}", err=True)
+        for line in error.message.splitlines():
+            click.echo(f"Error: {line}", err=True)
         sys.exit(_EXIT_UNAVAILABLE)
     if report is not None and "unexplained" in report.alarms:
         sys.exit(1)
@@ -85,6 +89,10 @@ async def _backends() -> AsyncIterator[tuple[Settings, Postgres, Mirror]]:
 
 async def _once(since: datetime | None, timeout: float | None) -> LedgerReport:
     async with _backends() as (settings, postgres, mirror):
+        # A report waits 20 s for a log that it cannot read, and names only the first backend that it misses.
+        away = await backends_away(settings)
+        if away.keys() & _NEEDED:
+            raise Unavailable("\n".join(away.values()))
         return await take_report(settings, postgres, mirror, since=since, timeout_seconds=timeout)
 
 
@@ -109,7 +117,7 @@ def _watch(since: datetime | None, interval: float, as_json: bool, timeout: floa
                     await asyncio.sleep(interval)
 
     with suppress(KeyboardInterrupt):
-        run(watch())
+        run(watch(), quiet=True)
     return last[0] if last else None
 
 
@@ -166,8 +174,7 @@ def _drawn(report: LedgerReport) -> Group:
         lines.append(Text("no worker compares: the newest checkpoint is older than five minutes", "bold red"))
     if report.leader is not None and report.leader.unexplained:
         lines.append(Text(f"{report.leader.unexplained} changes were sent again ten times in vain", "bold red"))
-    if report.unavailable:
-        lines.append(Text(f"unavailable: {', '.join(report.unavailable)}", "yellow"))
+    lines += [Text(f"unavailable: {name}", "yellow") for name in report.unavailable]
     if report.restarted:
         lines.append(Text("the log or PostgreSQL lost its end during the report, which then began again", "yellow"))
     return Group(table, *lines)
