@@ -85,7 +85,7 @@ def assemble(settings: Settings) -> WorkerParts:
         ledger_loop,
         Reconciler(settings, postgres, mirror, rail, ledger_loop),
         DeadLetterCollector(settings, postgres, writer_metrics),
-        Replays(settings, postgres, mirror_writer, publisher),
+        Replays(settings, postgres, mirror_writer, publisher, mirror, rail),
         Thresholds(settings, mirror),
         Cleanup(settings, postgres),
         tracer,

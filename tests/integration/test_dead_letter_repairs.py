@@ -348,6 +348,56 @@ async def test_queue_watcher_account_may_read_depths_and_nothing_else(system: Sy
             await exchange.publish(aio_pika.Message(b"[]"), Lane.NORMAL.value)
 
 
+async def test_bulk_discard_reverts_what_readers_saw_and_cancels_and_skips_like_a_replay(
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
+) -> None:
+    async with ops_rig.refused_orders(marker) as allow:
+        placed = [await ops_rig.place(notes=marker) for _ in range(2)]
+        for order_id in placed:
+            await ops_rig.sync_state(order_id, "failed")
+        await ops_rig.dead_letters(2, text=marker, status="open")
+        body = {"text": marker, "why": "orders made by mistake"}
+        planned = expect(await nadia.post(f"{DEAD_LETTERS}/discard", json=body), 202)
+        assert planned["plan"]["queues"] == {topology.lane_queue(Lane.CRITICAL): 2}
+        job = await ops_rig.ended(planned["job"])
+        assert (job["state"], job["outcomes"]) == ("done", {"discarded": 2})
+        items = expect(await nadia.get(f"{JOBS}/{job['id']}/items"))
+        assert all(item["detail"].startswith("reverted by change ") for item in items)
+        async with ops_rig.restaurant.client() as staff:
+            for order_id in placed:
+                refused(await staff.get(f"/api/orders/{order_id}"), 404, "order_deleted")
+        await allow()
+    await ops_rig.make_dead_letters(f"slow {marker}", 3)
+    slow = {"text": f"slow {marker}", "why": "slowly", "per_second": 0.001}
+    planned = expect(await nadia.post(f"{DEAD_LETTERS}/discard", json=slow), 202)
+    refused(await nadia.post(f"{JOBS}/{planned['job']['id']}/undo", json={}), 409, "job_running")
+    expect(await nadia.post(f"{JOBS}/{planned['job']['id']}/cancel"))
+    job = await ops_rig.ended(planned["job"])
+    assert job["state"] == "cancelled"
+    assert job["outcomes"]["waiting"] >= 2, "more were discarded than one in 1,000 seconds"
+    refused(await nadia.post(f"{DEAD_LETTERS}/discard", json={"why": "x"}), 422, "invalid_input", "ids")
+    refused(await nadia.post(f"{DEAD_LETTERS}/discard", json={"text": "x"}), 422, "invalid_input", "why")
+
+
+async def test_broken_message_has_one_dead_letter_that_names_both_sinks_and_its_queue(
+    ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
+) -> None:
+    await ops_rig.poison(marker)
+
+    async def found() -> list[dict[str, Any]]:
+        listed: list[dict[str, Any]] = expect(await nadia.get(DEAD_LETTERS, params={"text": marker}))
+        return listed
+
+    [dead_letter] = await eventually(
+        found, what="both sinks", until=lambda seen: bool(seen) and len(seen[0]["sinks"]) == 2
+    )
+    assert dead_letter["sinks"] == ["postgres", "mirror"]
+    assert (dead_letter["lane"], dead_letter["deaths"]) == ("normal", 1)
+    code, out, _ = await ops_rig.dlq("list", "--text", marker)
+    assert code == 0
+    assert f"{topology.dead_queue(Lane.NORMAL)}  postgres, mirror" in out
+
+
 async def test_ledger_adds_up_and_explains_every_change(
     ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:

@@ -13,7 +13,7 @@ from services.sync.dead_letters.collector import DeadLetterCollector
 from services.sync.failures import retry_store
 from services.sync.failures.classification import Failure, FailureKind
 from services.sync.failures.retry_ladder import FailedChange, headers_for
-from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode
+from shared.entities.contract import MAX_EVENT_BYTES, Change, Lane, encode, now
 from shared.messaging import topology
 from shared.postgres.pool import Connection, Postgres
 from shared.rail.assemble import publisher_of
@@ -312,6 +312,40 @@ async def test_dead_letter_of_the_mirror_that_is_read_again_counts_one_death(mak
     await eventually(lambda: rig.depth(topology.MIRROR_DEAD), what="an empty dead-letter queue", until=lambda n: n == 0)
     [dead_letter] = await rig.dead_letters(1)
     assert (dead_letter.lane, dead_letter.deaths, dead_letter.revision) == (None, 1, 1)
+
+
+@pytest.mark.parametrize("first", ["postgres", "mirror"])
+async def test_message_that_both_sinks_refuse_has_one_dead_letter_with_one_death(make_rig: MakeRig, first: str) -> None:
+    rig = await make_rig()
+    rig.collector.start()
+    broken = message(poison())
+    queues = {"postgres": topology.dead_queue(Lane.CRITICAL), "mirror": topology.MIRROR_DEAD}
+    for sink in (first, *queues.keys() - {first}):
+        headers: dict[str, int | str] = {
+            "ticketrail-reason": f"refused_by_{sink}",
+            "ticketrail-failed-at": now().isoformat(),
+        }
+        await rig.publisher.publish_to_queue(queues[sink], broken, headers=headers)
+        await rig.dead_letters(1)
+    [dead_letter] = await eventually(
+        lambda: rig.dead_letters(1), what="both sinks", until=lambda found: len(found[0].sinks) == 2
+    )
+    assert dead_letter.sinks == ("postgres", "mirror")
+    assert (dead_letter.queue, dead_letter.lane, dead_letter.deaths) == (queues["postgres"], "critical", 1)
+    assert dead_letter.reason == "refused_by_postgres"
+    assert {attempt.reason for attempt in dead_letter.attempts} == {"refused_by_postgres", "refused_by_mirror"}
+
+
+async def test_late_copy_of_the_mirror_does_not_open_a_discarded_dead_letter(kept: Rig) -> None:
+    broken = poison()
+    await kept.publish(broken)
+    await kept.dead_letters(1)
+    await kept.database.execute("update dead_letters set status = 'discarded', closed_at = now()")
+    await kept.publisher.publish_to_queue(topology.MIRROR_DEAD, message(broken))
+    [dead_letter] = await eventually(
+        lambda: kept.dead_letters(1), what="the other sink", until=lambda found: "mirror" in found[0].sinks
+    )
+    assert (dead_letter.status, dead_letter.deaths) == ("discarded", 1)
 
 
 async def test_two_collectors_share_the_dead_letters_and_keep_each_once(make_rig: MakeRig) -> None:

@@ -218,7 +218,7 @@ async def test_detached_replay_can_be_cancelled(ops_rig: OperatorRig, marker: st
     assert (await printed_json(ops_rig, "cancel", job["id"]))["cancel_requested"] is True
     assert (await ops_rig.ended(job))["state"] == "cancelled"
     code, out, err = await ops_rig.dlq("cancel", job["id"])
-    assert (code, out, one_line(err)) == (1, "", "Error: this replay job is cancelled")
+    assert (code, out, one_line(err)) == (1, "", "Error: this job is cancelled")
 
 
 # -- edit and discard --------------------------------------------------------------------------------------------------
@@ -258,6 +258,40 @@ async def test_edit_takes_an_event_from_a_file_and_shows_the_differences(
     assert (code, one_line(err)) == (1, "Error: this dead letter is resolved")
 
 
+async def test_edit_of_a_body_that_is_no_event_asks_what_it_is_about_and_shows_what_it_will_do(
+    ops_rig: OperatorRig, marker: str, tmp_path: Path
+) -> None:
+    await ops_rig.send_to_dead_queue(f"a table for four, {marker}".encode(), reason="undecodable")
+    [dead_letter] = await ops_rig.dead_letters(1, text=marker)
+    table = ops_rig.table(label=marker)
+    path = tmp_path / "event.json"
+    path.write_text(json.dumps({"data": {"after": json.loads(encode(table))}}))
+    command = ("edit", dead_letter["id"], "--event", str(path))
+
+    answers = f"{ops_rig.restaurant.slug}\nticketrail.table.created.v1\n{table.id}\n"
+    code, out, err = await ops_rig.dlq(*command, answer=f"{answers}n\n")
+    assert code == 1, err
+    assert f"a table for four, {marker}" in out
+    assert (
+        f"This creates table/{table.id} of restaurant {ops_rig.restaurant_id} by ticketrail.table.created.v1,"
+        " at version 1." in out
+    )
+    assert len(await ops_rig.dead_letters(1, text=marker, status="open")) == 1, "a refused edit has changed something"
+
+    out = await run_ok(ops_rig, *command, "--why", "says the owner", answer=f"{answers}y\n")
+    [edited] = await ops_rig.dead_letters(1, text=marker, status="resolved")
+    assert out.splitlines()[-1] == f"resolved by change {edited['replaced_by']}"
+    await eventually(lambda: ops_rig.written(edited["replaced_by"]), what="the new change written")
+
+    await ops_rig.send_to_dead_queue(f"it has six, {marker}".encode(), reason="undecodable")
+    [second] = await ops_rig.dead_letters(1, text=marker, status="open")
+    whole = {"restaurantid": ops_rig.restaurant_id, "subject": f"table/{table.id}"}
+    path.write_text(json.dumps({**whole, "data": {"after": {**json.loads(encode(table)), "seats": 6}}}))
+    kind = ("--type", "ticketrail.table.updated.v1")
+    out = await run_ok(ops_rig, "edit", second["id"], "--event", str(path), *kind, "--yes")
+    assert "by ticketrail.table.updated.v1, from version 1 to 2." in out
+
+
 async def test_discard_and_restore_report_the_new_status_and_are_audited(ops_rig: OperatorRig, marker: str) -> None:
     [dead_letter] = await ops_rig.make_dead_letters(marker)
     gone = await printed_json(ops_rig, "discard", dead_letter["id"], "--why", "a test of the terminal")
@@ -278,6 +312,38 @@ async def test_discard_and_restore_report_the_new_status_and_are_audited(ops_rig
     ]
 
 
+async def test_dead_letters_are_discarded_in_bulk_with_a_plan_and_undone_by_their_job(
+    ops_rig: OperatorRig, marker: str
+) -> None:
+    dead_letters = await ops_rig.make_dead_letters(marker, 3)
+    code, out, _ = await ops_rig.dlq("discard", "--text", marker, "--why", "a test of the terminal", answer="n\n")
+    assert code == 1
+    assert out.splitlines()[:2] == ["3 open dead letters", f"       3 to {topology.lane_queue(Lane.NORMAL)}"]
+    assert len(await ops_rig.dead_letters(3, text=marker, status="open")) == 3, "a refused plan has discarded something"
+
+    done = await printed_json(ops_rig, "discard", "--text", marker, "--why", "a test of the terminal", "--yes")
+    job = done["job"]
+    assert (job["kind"], job["state"], job["outcomes"]) == ("discard", "done", {"discarded": 3})
+    assert job["message"] == "3 of 3 were discarded"
+    discarded = await ops_rig.dead_letters(3, text=marker, status="discarded")
+    assert {dead_letter["why"] for dead_letter in discarded} == {"a test of the terminal"}
+    async with ops_rig.client() as client:
+        [act] = (await details_of(client, dead_letters[0]))["actions"]
+    assert (act["action"], act["actor"], act["why"]) == ("dead_letter.discard", "cli/nadia", "a test of the terminal")
+
+    # One of them was restored by hand meanwhile, so the undo leaves it.
+    await run_ok(ops_rig, "restore", dead_letters[0]["id"])
+    undone = (await run_ok(ops_rig, "undo", job["id"], "--why", "the wrong table")).splitlines()
+    assert len(undone) == 3
+    assert undone[-1].endswith("done, 2 restored: 2 of 2 were restored")
+    assert len(await ops_rig.dead_letters(3, text=marker, status="open")) == 3
+    code, _, err = await ops_rig.dlq("undo", undone[-1].split()[1].rstrip(":"))
+    assert (code, one_line(err)) == (1, "Error: only a discard can be undone; this job is a restore")
+    jobs = await printed_json(ops_rig, "jobs", "--limit", "2")
+    assert [(one["kind"], one["undo_of"]) for one in jobs] == [("restore", job["id"]), ("discard", None)]
+    assert "3 discarded" in await run_ok(ops_rig, "jobs")
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +355,8 @@ async def test_discard_and_restore_report_the_new_status_and_are_audited(ops_rig
         (("restore",), "no such dead letter"),
         (("edit", "--event", __file__), "no such dead letter"),
         (("replay", "--yes"), "no such dead letter"),
-        (("cancel",), "no such replay job"),
+        (("cancel",), "no such job"),
+        (("undo",), "no such job"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
@@ -317,6 +384,7 @@ async def test_replay_with_an_unknown_id_replays_the_others_and_exits_with_1(ops
         ("list", "--status", "dead"),
         ("list", "--limit", "0"),
         ("discard", UNKNOWN),
+        ("discard", "--why", "x", "--yes"),
         ("edit", UNKNOWN, "--event", "/no/such/file"),
         ("bury",),
     ],

@@ -211,6 +211,24 @@ async def test_dead_letters_of_the_mirror_are_applied_to_the_mirror(make_rig: Ma
     assert job.state == "stopped", "the job did not stop at a second death with the same cause"
 
 
+async def test_replay_of_a_dead_letter_of_both_sinks_goes_through_its_lane_and_to_the_mirror(make_rig: MakeRig) -> None:
+    rig = await make_rig()
+    await rig.writer.start()
+    rig.collector.start()
+    made = change(order())
+    for queue in (topology.dead_queue(Lane.CRITICAL), topology.MIRROR_DEAD):
+        await rig.publisher.publish_to_queue(queue, message(made))
+    await eventually(
+        lambda: rig.dead_letters(1), what="both sinks", until=lambda found: found[0].sinks == ("postgres", "mirror")
+    )
+    rig.replays.start()
+    job = await wait_ended(rig, await create_job(rig))
+    assert (job.total, job.outcomes) == (1, {"resolved": 1})
+    await rig.written(made)
+    _, [found] = await rig.mirror.read(RESTAURANT, "order", [made.entity_id])
+    assert found is not None
+
+
 async def test_lost_replay_fails_once_its_lane_is_known_to_be_empty(make_rig: MakeRig) -> None:
     rig = await make_rig()
     [made] = await make_dead_letters(rig, 1)

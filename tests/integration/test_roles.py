@@ -115,10 +115,10 @@ class OurRestaurant(Struct, frozen=True):
 
 
 _LETTER = """
-insert into dead_letters (digest, queue, restaurant_id, reason, error, place, fingerprint, attempts, first_failed_at,
-    last_failed_at, headers, body)
-values (sha256($2::text::bytea), 'sync.postgres.normal.dead.v1', $1, 'contract_broken', $2, 'here', 'f', '[]', now(),
-    now(), '{}', $2::text::bytea)
+insert into dead_letters (digest, queue, sinks, restaurant_id, reason, error, place, fingerprint, attempts,
+    first_failed_at, last_failed_at, headers, body)
+values (sha256($2::text::bytea), 'sync.postgres.normal.dead.v1', '{postgres}', $1, 'contract_broken', $2, 'here', 'f',
+    '[]', now(), now(), '{}', $2::text::bytea)
 returning id::text
 """
 _CONFLICT = """
@@ -165,7 +165,7 @@ async def ours(system: System) -> OurRestaurant:
     async with restaurant.system.client(token=restaurant.token, service="sync") as watcher:
 
         async def pending() -> int:
-            return int(expect(await watcher.get("/api/sync/status"))["totals"]["pending"])
+            return int(expect(await watcher.get("/api/ops/sync"))["totals"]["pending"])
 
         # Both stores must have the data, so that the tests cover both.
         await eventually(pending, what="all data in PostgreSQL", until=lambda count: count == 0)

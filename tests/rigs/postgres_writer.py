@@ -22,7 +22,7 @@ from shared.messaging.publisher import Publisher
 from shared.observability.metrics import Metrics, WriterMetrics
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres
-from shared.rail.assemble import mirror_of, publisher_of
+from shared.rail.assemble import assemble_rail, mirror_of, publisher_of
 from shared.settings import Settings
 from tests.rigs.builders import message
 from tests.rigs.system import eventually
@@ -75,7 +75,9 @@ class Rig:
     def another_replay_worker(self, *, publisher: Publisher | None = None, **settings: Any) -> Replays:
         """Returns another replay worker."""
         chosen = {"poll": 0.02, "silent_seconds": 5.0, "slack_seconds": 30.0, **settings}
-        return Replays(self.settings, self.postgres, self.mirror_writer, publisher or self.publisher, **chosen)
+        publisher = publisher or self.publisher
+        rail = assemble_rail(self.settings, mirror=self.mirror, publisher=self.publisher).rail
+        return Replays(self.settings, self.postgres, self.mirror_writer, publisher, self.mirror, rail, **chosen)
 
     async def dead_letters(self, count: int, *, within: float = 20.0, **filters: Any) -> list[FullDeadLetter]:
         """Waits until there are `count` dead letters; returns them, oldest first."""

@@ -10,11 +10,12 @@ dead letter.
     actions.py        the SQL of discard, restore and replace, each with its audit row
     editing.py        checks an operator's event against the contract; pure
     repairs.py        edits, discards and restores dead letters; may commit a change
-    replay_jobs.py    makes, reads and cancels replays and dry runs
-    replay_worker.py  runs replay jobs in the worker; its SQL is in replay_sql.py
+    replay_jobs.py    makes, reads, cancels and undoes jobs: replays, dry runs, discards, restores
+    replay_worker.py  runs jobs in the worker; its SQL is in replay_sql.py
     dry_run.py        forecasts what a replay would do
     retention.py      removes dead letters and replay jobs that were closed long ago
-    routes.py, requests.py, commands.py    the HTTP API and `ticketrail dlq`
+    routes.py, requests.py    the HTTP API
+    commands.py, edit_command.py, job_commands.py, command_filters.py    `ticketrail dlq`
 
 Others may use: `collector` and `replay_worker` (the worker), `retention` (maintenance), `routes` (api.py), `commands`
 (the command line). The rest is internal. `failures/dead_letter_store.py` stores dead letters.

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import msgspec
+from msgspec import Struct
 
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, decode_change, encode, now, split_batch
@@ -67,6 +68,32 @@ def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tup
     except BrokenContract as error:
         raise InvalidInput(str(error), field=_field(error), code=error.reason) from error
     return entity, change.type.split(".")[2], state, bytes(change.data.after)
+
+
+class Effect(Struct, frozen=True):
+    """What an edit would do."""
+
+    type: str
+    restaurant_id: str
+    subject: str
+    head: int | None
+    """The version that stands; None if the entity does not exist."""
+
+
+def event_types() -> list[str]:
+    """Returns the types of all events that this release writes."""
+    return sorted(entity.type(event) for entity in registry.ENTITIES.values() for event in entity.events)
+
+
+def new_event(restaurant_id: str, type_: str, subject: str) -> dict[str, Any]:
+    """Returns an event whose state has every field that its entity needs. Fields without an obvious value are null, so
+    that the contract refuses the event until the operator fills them in."""
+    name, _, id_ = subject.partition("/")
+    at = now().isoformat()
+    known = {"id": id_, "restaurant_id": restaurant_id, "created_at": at, "updated_at": at}
+    fields = msgspec.structs.fields(registry.ENTITIES[name].state)
+    after = {field.name: known.get(field.name) for field in fields if field.required}
+    return {"restaurantid": restaurant_id, "type": type_, "subject": subject, "data": {"after": after}}
 
 
 def _field(error: BrokenContract) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 
 from services.sync.dead_letters import actions
-from services.sync.dead_letters.editing import edited_event, event_in
+from services.sync.dead_letters import store as dead_letter_store
+from services.sync.dead_letters.editing import Effect, edited_event, event_in
 from services.sync.dead_letters.store import DeadLetter, FullDeadLetter
 from services.sync.difference import difference
-from services.sync.operator_changes import commit, record_first
+from services.sync.operator_changes import Recorded, commit, record_first
 from shared.entities import registry
 from shared.entities.contract import now
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, NotFound
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import Connection, Postgres
@@ -57,6 +58,19 @@ class DeadLetterRepairs:
                     role=role,
                 )
 
+    async def effect(self, id_: str, event: dict[str, Any]) -> Effect:
+        """Returns what an edit with this event would do, and does nothing. Raises InvalidInput, NotFound,
+        Unavailable."""
+        with record_first("the dead letter"):
+            async with self._postgres.connection() as connection:
+                dead_letter = await dead_letter_store.one(connection, id_)
+                if dead_letter is None:
+                    raise NotFound("no such dead letter")
+                entity, name, state, _ = edited_event(event_in(dead_letter.body), event)
+                base = await Heads.through(connection, self._mirror).head(entity, state.restaurant_id, state.id)
+                head = None if base is None else base.head.version
+                return Effect(entity.type(name), state.restaurant_id, f"{entity.name}/{state.id}", head)
+
     async def discard(self, id_: str, *, revision: int, why: str, actor: str, role: str) -> DeadLetter:
         """Discards the dead letter. If the mirror shows its change, a new change restores the state of PostgreSQL, or
         deletes the entity if PostgreSQL has none. Raises what `edit` raises."""
@@ -64,11 +78,30 @@ class DeadLetterRepairs:
             raise InvalidInput("must not be empty", field="why")
         with record_first("the dead letter") as recorded:
             async with self._postgres.connection() as connection, connection.transaction():
-                dead_letter = await actions.take(connection, id_, revision=revision)
-                recorded.change_id = await self._revert(connection, dead_letter, actor)
-                return await actions.discard(
-                    connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=recorded.change_id
+                return await self.discard_in(
+                    connection, id_, revision=revision, why=why, actor=actor, role=role, recorded=recorded
                 )
+
+    async def discard_in(
+        self,
+        connection: Connection,
+        id_: str,
+        *,
+        revision: int,
+        why: str,
+        actor: str,
+        role: str,
+        recorded: Recorded | None = None,
+    ) -> DeadLetter:
+        """Discards the dead letter in the caller's transaction. `recorded` gets the change that reverts. Raises what
+        `edit` raises."""
+        dead_letter = await actions.take(connection, id_, revision=revision)
+        reverting = await self._revert(connection, dead_letter, actor)
+        if recorded is not None:
+            recorded.change_id = reverting
+        return await actions.discard(
+            connection, id_, revision=revision, why=why, actor=actor, role=role, replaced_by=reverting
+        )
 
     async def restore(self, id_: str, *, revision: int, why: str | None, actor: str, role: str) -> DeadLetter:
         """Opens a discarded dead letter again. Raises NotFound, Conflict, Unavailable."""

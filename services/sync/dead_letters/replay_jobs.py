@@ -1,10 +1,12 @@
-"""Makes, reads and cancels replays and dry runs. Each of them is a row, so that it survives the worker that runs it.
+"""Makes, reads and cancels jobs: replays, dry runs, discards and restores of many dead letters. Each job is a row, so
+that it survives the worker that runs it.
 
 The API and the command line use this module. `replay_worker.py` runs the jobs, with the statements in `replay_sql.py`.
 
     waiting -> running -> done | cancelled | stopped (by itself: a dead letter failed again with the same cause)
 
-A job replays the dead letters that are open and match the query at the moment when the job is made.
+A job takes the dead letters that are open and match the query at the moment when the job is made. The undo of a discard
+is a job that restores the dead letters that the discard has closed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +20,7 @@ from msgspec import Struct
 from services.sync import audit
 from services.sync.dead_letters.store import DeadLetterQuery, conditions
 from shared.entities.contract import Lane
-from shared.errors import Conflict, NotFound
+from shared.errors import Conflict, InvalidInput, NotFound
 from shared.messaging.topology import lane_queue
 from shared.postgres.pool import Connection
 
@@ -44,12 +46,20 @@ select {job}::uuid, row_number() over (order by l.first_failed_at, l.id), l.id, 
 from dead_letters l where {where} and l.status = 'open'
 """
 _TOTAL = "update replay_jobs set total = $2 where id = $1"
-_EMPTY = (
-    "update replay_jobs set state = 'done', message = 'no open dead letter matches', finished_at = now() where id = $1"
-)
+_EMPTY = "update replay_jobs set state = 'done', message = $2, finished_at = now() where id = $1"
+_UNDO = """
+insert into replay_jobs (kind, selection, actor, why, per_second, canary, undo_of)
+values ('restore', '{}', $1, $2, $3, false, $4) returning id::text
+"""
+_CHOOSE_DISCARDED = """
+insert into replay_job_items (job_id, position, dead_letter_id, fingerprint)
+select $1::uuid, row_number() over (order by p.position), l.id, l.fingerprint
+from replay_job_items p join dead_letters l on l.id = p.dead_letter_id
+where p.job_id = $2 and p.outcome = 'discarded' and l.status = 'discarded'
+"""
 _COLUMNS = (
     "j.id::text, j.kind, j.state, j.selection::text, j.actor, j.why, j.per_second, j.canary, j.total,"
-    " j.cancel_requested, j.message, j.created_at, j.started_at, j.heartbeat_at, j.finished_at"
+    " j.cancel_requested, j.undo_of::text, j.message, j.created_at, j.started_at, j.heartbeat_at, j.finished_at"
 )
 _OUTCOMES = """
 select job_id::text, coalesce(outcome, 'waiting') as outcome, count(*)::int8 as n
@@ -59,7 +69,7 @@ _BETWEEN = """
 select id::text, concat_ws(' ', kind || ',', state || ',', total, 'dead letters by', actor)
 from replay_jobs where id between $1 and $2 order by id limit $3
 """
-_LOCK = "select state from replay_jobs where id = $1 for update"
+_LOCK = "select kind, state, per_second from replay_jobs where id = $1 for update"
 _CANCEL_WAITING = """
 update replay_jobs
 set cancel_requested = true, state = 'cancelled', message = 'cancelled before it started', finished_at = now()
@@ -81,7 +91,7 @@ where p.dead_letter_id = $1 order by j.created_at desc, j.id desc limit $2
 
 
 class ReplayPlan(Struct, frozen=True, kw_only=True):
-    """The dead letters that a job would replay if it were made now."""
+    """The dead letters that a job would take if it were made now."""
 
     total: int
     queues: dict[str, int]
@@ -94,7 +104,7 @@ class ReplayPlan(Struct, frozen=True, kw_only=True):
 class ReplayJob(Struct, frozen=True, kw_only=True):
     id: str
     kind: str
-    """`replay` or `dry_run`."""
+    """`replay`, `dry_run`, `discard` or `restore`."""
     state: str
     selection: dict[str, Any]
     actor: str
@@ -104,8 +114,11 @@ class ReplayJob(Struct, frozen=True, kw_only=True):
     total: int
     outcomes: dict[str, int]
     """Outcome -> number of items, without zeros. A replay has `waiting`, `sending`, `sent`, `resolved`, `failed` and
-    `skipped`; a dry run has `waiting`, `would_write`, `superseded` and `would_fail`."""
+    `skipped`; a dry run has `waiting`, `would_write`, `superseded` and `would_fail`; a discard has `waiting`,
+    `discarded`, `failed` and `skipped`, and a restore `waiting`, `restored` and `skipped`."""
     cancel_requested: bool
+    undo_of: str | None
+    """The discard whose dead letters this job restores."""
     message: str | None
     """The reason why the job ended, as a sentence for people; None before the end."""
     created_at: datetime
@@ -162,7 +175,10 @@ async def make(
 ) -> ReplayJob:
     """Makes a job for the worker and its audit row, in one transaction. A job without dead letters is done at once.
 
-    `kind`: replay or dry_run. `per_second`: the maximum number of dead letters per second."""
+    `kind`: replay, dry_run or discard; a discard needs `why`. `per_second`: the maximum number of dead letters per
+    second."""
+    if kind == "discard" and not (why or "").strip():
+        raise InvalidInput("must not be empty", field="why")
     encoded = msgspec.json.encode(query).decode()
     async with connection.transaction():
         id_: str = await connection.fetchval(_MAKE, kind, encoded, actor, why, per_second, canary)
@@ -170,9 +186,7 @@ async def make(
         where = conditions(query, arguments)
         status = await connection.execute(_CHOOSE.format(job="$1", where=where), *arguments)
         total = int(status.rpartition(" ")[2])
-        await connection.execute(_TOTAL, id_, total)
-        if total == 0:
-            await connection.execute(_EMPTY, id_)
+        await _set_total(connection, id_, total, "no open dead letter matches")
         await audit.record(
             connection,
             actor=actor,
@@ -186,17 +200,52 @@ async def make(
     return await _existing(connection, id_)
 
 
+async def undo(connection: Connection, id_: str, *, actor: str, role: str, why: str | None = None) -> ReplayJob:
+    """Makes a job that restores the dead letters that a discard has closed and that are still discarded, with an audit
+    row in the same transaction. Changes that reverted something stay.
+
+    Raises NotFound, and Conflict: `job_not_discard`, or `job_running` if the discard has not ended."""
+    async with connection.transaction():
+        discard = await connection.fetchrow(_LOCK, id_)
+        if discard is None:
+            raise NotFound("no such job")
+        if discard["kind"] != "discard":
+            raise Conflict(f"only a discard can be undone; this job is a {discard['kind']}", code="job_not_discard")
+        if discard["state"] in ("waiting", "running"):
+            raise Conflict("this discard has not ended; cancel it first", code="job_running", state=discard["state"])
+        new: str = await connection.fetchval(_UNDO, actor, why, discard["per_second"], id_)
+        total = int((await connection.execute(_CHOOSE_DISCARDED, new, id_)).rpartition(" ")[2])
+        await _set_total(connection, new, total, "none of its dead letters is discarded any more")
+        await audit.record(
+            connection,
+            actor=actor,
+            role=role,
+            action="dead_letters.restore",
+            target=f"job/{new}",
+            why=why,
+            details={"undo_of": id_, "dead_letters": total},
+        )
+    return await _existing(connection, new)
+
+
+async def _set_total(connection: Connection, id_: str, total: int, if_none: str) -> None:
+    await connection.execute(_TOTAL, id_, total)
+    if total == 0:
+        await connection.execute(_EMPTY, id_, if_none)
+
+
 async def cancel(connection: Connection, id_: str, *, actor: str, role: str, why: str | None = None) -> ReplayJob:
-    """Cancels a job, with an audit row in the same transaction. The job sends nothing more; dead letters that are
-    already sent continue.
+    """Cancels a job, with an audit row in the same transaction. The job takes no further dead letter; those that are
+    already sent continue, and those that are already discarded stay so.
 
     Raises NotFound, and Conflict (`job_ended`) if the job has ended."""
     async with connection.transaction():
-        state = await connection.fetchval(_LOCK, id_)
-        if state is None:
-            raise NotFound("no such replay job")
+        found = await connection.fetchrow(_LOCK, id_)
+        if found is None:
+            raise NotFound("no such job")
+        state = found["state"]
         if state not in ("waiting", "running"):
-            raise Conflict(f"this replay job is {state}", code="job_ended", state=state)
+            raise Conflict(f"this job is {state}", code="job_ended", state=state)
         await connection.execute(_CANCEL_WAITING if state == "waiting" else _CANCEL, id_)
         await audit.record(
             connection, actor=actor, role=role, action="dead_letters.cancel", target=f"job/{id_}", why=why

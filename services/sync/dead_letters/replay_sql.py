@@ -1,8 +1,9 @@
-"""The SQL with which a worker runs a replay or a dry run. Each step is committed on its own, so that another worker can
-continue a job whose worker died.
+"""The SQL with which a worker runs a job: a replay, a dry run, a discard or a restore. Each step is committed
+on its own, so that another worker can continue a job whose worker died.
 
     (none) -> sending -> sent -> resolved | failed | skipped
     (none) -> would_write | superseded | would_fail | skipped        in a dry run
+    (none) -> discarded | restored | failed | skipped                in a discard or a restore
 
 An item is `sending` before its publish and `sent` after it. If another worker takes over the job in between, it sends
 the dead letter again, which is harmless. A dead letter is `replaying` from `sending` on. If it fails again, it becomes
@@ -24,7 +25,7 @@ where id = (
             and (heartbeat_at is null or heartbeat_at < now() - make_interval(secs => $2))
     order by created_at for update skip locked limit 1
 )
-returning id::text, kind, per_second, canary, total
+returning id::text, kind, per_second, canary, total, actor, why
 """
 _RENEW_CLAIM = """
 update replay_jobs set heartbeat_at = now() where id = $1 and worker = $2 and state = 'running'
@@ -51,12 +52,13 @@ _PROGRESS = """
 select count(*) as dead_letters, count(*) filter (where outcome is not null and outcome <> 'sending') as started,
     count(*) filter (where outcome not in ('sending', 'sent')) as settled,
     count(*) filter (where outcome = 'failed') as failed,
+    count(*) filter (where outcome in ('discarded', 'restored')) as closed,
     count(*) filter (where same_cause) as same_cause
 from replay_job_items where job_id = $1
 """
 _NEXT_ITEMS = """
-select p.position, p.dead_letter_id::text, p.fingerprint, l.lane, l.body, l.restaurant_id::text, l.change_id::text,
-    l.status
+select p.position, p.dead_letter_id::text, p.fingerprint, l.lane, 'mirror' = any(l.sinks) as of_mirror, l.body,
+    l.restaurant_id::text, l.change_id::text, l.status, l.revision, l.fingerprint <> p.fingerprint as another_cause
 from replay_job_items p join dead_letters l on l.id = p.dead_letter_id
 where p.job_id = $1 and (p.outcome is null or p.outcome = 'sending')
 order by p.position limit $2
@@ -147,6 +149,8 @@ class Running(Struct, frozen=True, kw_only=True):
     per_second: float
     canary: bool
     total: int
+    actor: str
+    why: str | None
 
 
 class Progress(Struct, frozen=True, kw_only=True):
@@ -156,6 +160,8 @@ class Progress(Struct, frozen=True, kw_only=True):
     """The number of items that are sent or settled."""
     settled: int
     failed: int
+    closed: int
+    """The number of items whose dead letter the job has discarded or restored."""
     same_cause: int
     """The number of items that failed again with the same fingerprint."""
 
@@ -166,10 +172,15 @@ class ToReplay(Struct, frozen=True, kw_only=True):
     fingerprint: str
     """The fingerprint of the dead letter when the job was made."""
     lane: str | None
+    of_mirror: bool
+    """The mirror writer could not take the message."""
     body: bytes
     restaurant_id: str | None
     change_id: str | None
     status: str
+    revision: int
+    another_cause: bool
+    """The dead letter has failed again since the job was made, with another fingerprint."""
 
 
 async def claim(connection: Connection, worker: str, *, silent_seconds: float) -> Running | None:

@@ -1,4 +1,4 @@
-"""Runs the replays and dry runs of operators in the sync worker.
+"""Runs the jobs of operators in the sync worker: replays, dry runs, discards and restores.
 
 Guarantee: each dead letter of a job is sent at least once, or skipped because it is not open any more. Its outcome is
 observed: its change is in `changes`, or it failed again. Sending it twice is harmless. If a worker dies or stops,
@@ -11,19 +11,25 @@ another one continues its jobs.
 
 A dead letter goes only to the queue of its lane, through the default exchange. If it went through `ticketrail.changes`,
 the change log would have it twice. It carries no attempt number, so that it gets all retries again. A dead letter of
-the mirror writer is applied to the mirror without a queue.
+the mirror writer is applied to the mirror without a queue, and one of both sinks is applied and sent.
+
+A discard or a restore handles one dead letter after the other, as an operator does (repairs.py). Each is committed with
+its outcome and its row in the audit, so that a job that another worker continues closes nothing twice. A dead letter
+that failed again with another cause since the job was made is skipped.
 
 While a backend is unavailable, jobs wait for it, with jittered backoff. At shutdown, jobs are released at once.
 """
 
 import asyncio
+import contextlib
 import time
 from uuid import uuid4
 
 import structlog
 
-from services.sync.dead_letters import dry_run
+from services.sync.dead_letters import actions, dry_run
 from services.sync.dead_letters import replay_sql as steps
+from services.sync.dead_letters.repairs import DeadLetterRepairs
 from services.sync.dead_letters.replay_sql import Progress, Running, ToReplay
 from services.sync.dead_letters.replay_throttle import CANARIES, Pace, allowed
 from services.sync.failures.classification import classify, describe, fingerprint
@@ -31,10 +37,14 @@ from services.sync.failures.retry_ladder import PUBLISH_TIMEOUT_SECONDS, REPLAY
 from services.sync.mirror.mirror_writer import MirrorWriter
 from shared.backoff import backoff
 from shared.entities.contract import BrokenContract, Lane
+from shared.errors import Conflict, InvalidInput, NotFound
 from shared.lifecycle import BackgroundLoop, end_tasks, vital_task
 from shared.messaging.publisher import Publisher
 from shared.messaging.topology import lane_queue
+from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Connection, Postgres
+from shared.rail.commit import Rail
+from shared.security.tokens import Role
 from shared.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -47,6 +57,8 @@ _STEP_INTERVAL_SECONDS = 0.05
 _SILENT_SECONDS = 15.0
 _SLACK_SECONDS = 60.0
 _RELEASE_TIMEOUT_SECONDS = 2.0
+_CLOSED = {"discard": "discarded", "restore": "restored"}
+"""Kind of job -> the outcome of its items."""
 
 
 def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str] | None:
@@ -61,6 +73,8 @@ def verdict(job: Running, progress: Progress, *, cancel: bool) -> tuple[str, str
             return "stopped", f"{progress.failed} of the first {progress.started} failed again, with another cause"
     if progress.settled >= progress.dead_letters and job.kind == "dry_run":
         return "done", f"{job.total} tried, nothing was written"
+    if progress.settled >= progress.dead_letters and job.kind in _CLOSED:
+        return "done", f"{progress.closed} of {job.total} were {_CLOSED[job.kind]}"
     if progress.settled >= progress.dead_letters:
         return "done", f"{job.total - progress.failed} of {job.total} were written"
     if cancel:
@@ -75,6 +89,8 @@ class Replays:
         postgres: Postgres,
         mirror_writer: MirrorWriter,
         publisher: Publisher,
+        mirror: Mirror,
+        rail: Rail,
         *,
         poll: float = _POLL_INTERVAL_SECONDS,
         silent_seconds: float = _SILENT_SECONDS,
@@ -86,6 +102,7 @@ class Replays:
         self._postgres = postgres
         self._mirror_writer = mirror_writer
         self._publisher = publisher
+        self._repairs = DeadLetterRepairs(postgres, mirror, rail)
         self._poll = poll
         self._silent = silent_seconds
         self._lost = sum(settings.retry_steps_ms) / 1000 + slack_seconds
@@ -167,11 +184,14 @@ class Replays:
             if job.kind == "dry_run":
                 for dead_letter in dead_letters:
                     await self._forecast(connection, job, dead_letter)
-            elif dead_letters:
+            elif dead_letters and job.kind == "replay":
                 dead_letters = await self._begin(connection, job, dead_letters)
         # Send without a database connection, because the broker may be unavailable for long.
         if dead_letters and job.kind == "replay":
             await self._send(job, dead_letters)
+        elif dead_letters and job.kind in _CLOSED:
+            for dead_letter in dead_letters:
+                await self._close(job, dead_letter)
         elif not dead_letters:
             await asyncio.sleep(_STEP_INTERVAL_SECONDS if requested > 0 else self._poll)
         return False
@@ -186,6 +206,30 @@ class Replays:
             await steps.store_outcome(
                 connection, job.id, dead_letter.position, "skipped", f"the dead letter is {dead_letter.status}"
             )
+
+    async def _close(self, job: Running, dead_letter: ToReplay) -> None:
+        """Discards or restores one dead letter, and stores the outcome in the same transaction. Raises Unavailable,
+        OutcomeUnknown, and Conflict if another change came first: the next step repeats it."""
+        id_, revision, role = dead_letter.dead_letter_id, dead_letter.revision, Role.OPERATOR.value
+        outcome, detail = _CLOSED[job.kind], None
+        async with self._postgres.connection() as connection, connection.transaction():
+            try:
+                if dead_letter.another_cause:
+                    outcome, detail = "skipped", "the dead letter has failed again with another cause"
+                elif job.kind == "discard":
+                    closed = await self._repairs.discard_in(
+                        connection, id_, revision=revision, why=job.why or "", actor=job.actor, role=role
+                    )
+                    detail = f"reverted by change {closed.replaced_by}" if closed.replaced_by else None
+                else:
+                    await actions.restore(connection, id_, revision=revision, why=job.why, actor=job.actor, role=role)
+            except (NotFound, InvalidInput, Conflict) as error:
+                if error.error_code == "version_conflict":
+                    raise
+                # The row of the dead letter is untouched: these errors come before its update.
+                changed = isinstance(error, NotFound) or error.error_code.startswith("dead_letter_")
+                outcome, detail = "skipped" if changed else "failed", str(error)
+            await steps.store_outcome(connection, job.id, dead_letter.position, outcome, detail)
 
     async def _begin(self, connection: Connection, job: Running, dead_letters: list[ToReplay]) -> list[ToReplay]:
         """Marks the dead letters as replaying and returns those that must be sent."""
@@ -222,6 +266,9 @@ class Replays:
         """Sends dead letters and marks them as sent. After an error, the next step repeats those that are not marked.
         Raises NotSent, InDoubt, MirrorUnavailable, MirrorInDoubt."""
         lane_dead_letters = [dead_letter for dead_letter in dead_letters if dead_letter.lane is not None]
+        for dead_letter in lane_dead_letters:
+            if dead_letter.of_mirror:
+                await self._apply_first(dead_letter)
         results = await asyncio.gather(
             *(self._publish(dead_letter) for dead_letter in lane_dead_letters), return_exceptions=True
         )
@@ -239,6 +286,14 @@ class Replays:
         for result in results:
             if result is not None:
                 raise result
+
+    async def _apply_first(self, dead_letter: ToReplay) -> None:
+        """Applies the change of a dead letter of both sinks to the mirror. This happens before its publish: an outage
+        of the mirror then leaves the item unsent, and the next step repeats both. Whether the dead letter fails again
+        is decided by its lane."""
+        with contextlib.suppress(BrokenContract):
+            if (found := dry_run.read_change(dead_letter.body)) is not None:
+                await self._mirror_writer.apply_again(found.event)
 
     async def _publish(self, dead_letter: ToReplay) -> None:
         assert dead_letter.lane is not None

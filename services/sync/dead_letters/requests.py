@@ -82,6 +82,18 @@ class ReplayRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
     why: Why | None = None
 
 
+class DiscardRequest(DeadLetterFilter, kw_only=True, rename={"from_": "from"}):
+    """A discard of the open dead letters that `ids` or the filter select."""
+
+    ids: Annotated[list[UUID], Meta(max_length=_MAX_IDS)] = []
+    per_second: Annotated[float, Meta(gt=0, le=10_000)] = 50.0
+    why: Why
+
+
+class UndoJob(Struct, forbid_unknown_fields=True, kw_only=True):
+    why: Why | None = None
+
+
 class EditDeadLetter(Struct, forbid_unknown_fields=True, kw_only=True):
     """The repair of a dead letter. `event` has a `type`, the `restaurantid` and `subject` of the dead letter, and the
     whole state in `data.after`."""

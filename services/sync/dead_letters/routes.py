@@ -16,11 +16,13 @@ from services.sync.dead_letters.requests import (
     DeadLetterGroupsQuery,
     DeadLettersQuery,
     DiscardDeadLetter,
+    DiscardRequest,
     EditDeadLetter,
     ReplayItemsQuery,
     ReplayJobsQuery,
     ReplayRequest,
     RestoreDeadLetter,
+    UndoJob,
 )
 from services.sync.dead_letters.store import DeadLetter, DeadLetterGroup, DeadLetterQuery
 from services.sync.dead_letters.view import DeadLetterView, dead_letter_view
@@ -131,8 +133,30 @@ async def get_body(request: Call, dead_letter_id: str) -> ASGIApp:
     example={"fingerprint": "3f2a9c01d4be", "dry_run": True},
 )
 async def replay(request: Call) -> ASGIApp:
-    replay_request, identity = read_body(await request.whole_body(), ReplayRequest), request.identity
-    chosen = replay_request.query(tuple(str(id_) for id_ in replay_request.ids))
+    body = read_body(await request.whole_body(), ReplayRequest)
+    return await _planned(request, body, "dry_run" if body.dry_run else "replay", canary=body.canary)
+
+
+@endpoint(
+    "POST",
+    "/api/ops/dead-letters/discard",
+    action="dead_letters.repair",
+    tag=_TAG,
+    summary="Discard dead letters, selected by ids, by fingerprint or by another filter",
+    description="Returns the plan and the job that executes it. The job discards the dead letters one after the other,"
+    " as the route of one dead letter does. `POST /api/ops/jobs/{id}/undo` opens them again.",
+    body=DiscardRequest,
+    answer=Planned,
+    status=202,
+    errors=(404, 409),
+    example={"fingerprint": "3f2a9c01d4be", "why": "a terminal sent test data"},
+)
+async def discard_many(request: Call) -> ASGIApp:
+    return await _planned(request, read_body(await request.whole_body(), DiscardRequest), "discard", canary=False)
+
+
+async def _planned(request: Call, body: ReplayRequest | DiscardRequest, kind: str, *, canary: bool) -> ASGIApp:
+    chosen, identity = body.query(tuple(str(id_) for id_ in body.ids)), request.identity
     if chosen == DeadLetterQuery():
         raise InvalidInput("select dead letters by ids or by a filter, such as a fingerprint or a status", field="ids")
     async with (
@@ -143,12 +167,12 @@ async def replay(request: Call) -> ASGIApp:
         job = await replay_jobs.make(
             connection,
             chosen,
-            kind="dry_run" if replay_request.dry_run else "replay",
+            kind=kind,
             actor=identity.actor,
             role=identity.role,
-            why=replay_request.why,
-            per_second=replay_request.per_second,
-            canary=replay_request.canary,
+            why=body.why,
+            per_second=body.per_second,
+            canary=canary,
         )
     return success(Planned(plan, job), status=202)
 
@@ -158,7 +182,7 @@ async def replay(request: Call) -> ASGIApp:
     "/api/ops/jobs",
     action="dead_letters.repair",
     tag=_TAG,
-    summary="List replays and dry runs, newest first",
+    summary="List replays, dry runs, discards and restores, newest first",
     query=ReplayJobsQuery,
     answer=ReplayJob,
     many=True,
@@ -177,7 +201,7 @@ async def list_jobs(request: Call) -> ASGIApp:
     "/api/ops/jobs/{replay_id:str}",
     action="dead_letters.repair",
     tag=_TAG,
-    summary="Show the progress of a replay",
+    summary="Show the progress of a job",
     answer=ReplayJob,
     errors=(404,),
 )
@@ -186,7 +210,7 @@ async def get_job(request: Call, replay_id: str) -> ASGIApp:
     async with sync_context(request).connection_for(request.identity) as connection:
         job = await replay_jobs.one(connection, id_)
     if job is None:
-        raise NotFound("no such replay job")
+        raise NotFound("no such job")
     return success(job)
 
 
@@ -204,7 +228,7 @@ async def get_job_items(request: Call, replay_id: str) -> ASGIApp:
     id_, query = path_id(replay_id, "replay_id"), read_query(request, ReplayItemsQuery)
     async with sync_context(request).connection_for(request.identity) as connection:
         if await replay_jobs.one(connection, id_) is None:
-            raise NotFound("no such replay job")
+            raise NotFound("no such job")
         outcomes = (query.outcome,) if query.outcome else ()
         found = await replay_jobs.items(connection, id_, outcomes=outcomes, after=query.after, limit=query.limit)
     return success(found)
@@ -215,7 +239,7 @@ async def get_job_items(request: Call, replay_id: str) -> ASGIApp:
     "/api/ops/jobs/{replay_id:str}/cancel",
     action="dead_letters.repair",
     tag=_TAG,
-    summary="Cancel a replay; dead letters that are already sent continue",
+    summary="Cancel a job; dead letters that are already sent continue",
     answer=ReplayJob,
     errors=(404, 409),
 )
@@ -223,6 +247,28 @@ async def cancel_job(request: Call, replay_id: str) -> ASGIApp:
     id_, identity = path_id(replay_id, "replay_id"), request.identity
     async with sync_context(request).connection_for(identity) as connection:
         return success(await replay_jobs.cancel(connection, id_, actor=identity.actor, role=identity.role))
+
+
+@endpoint(
+    "POST",
+    "/api/ops/jobs/{replay_id:str}/undo",
+    action="dead_letters.repair",
+    tag=_TAG,
+    summary="Undo a discard: open its dead letters again",
+    description="Returns the job that restores the dead letters that are still discarded. Changes that reverted what"
+    " readers saw stay.",
+    body=UndoJob,
+    answer=ReplayJob,
+    status=202,
+    errors=(404, 409),
+    example={"why": "it was the wrong fingerprint"},
+)
+async def undo_job(request: Call, replay_id: str) -> ASGIApp:
+    id_, identity = path_id(replay_id, "replay_id"), request.identity
+    body = read_body(await request.whole_body(), UndoJob)
+    async with sync_context(request).connection_for(identity) as connection:
+        job = await replay_jobs.undo(connection, id_, actor=identity.actor, role=identity.role, why=body.why)
+    return success(job, status=202)
 
 
 # -- repairing ---------------------------------------------------------------------------------------------------
@@ -315,10 +361,12 @@ ROUTES = [
     get_dead_letter,
     get_body,
     replay,
+    discard_many,
     list_jobs,
     get_job,
     get_job_items,
     cancel_job,
+    undo_job,
     edit_dead_letter,
     discard_dead_letter,
     restore_dead_letter,

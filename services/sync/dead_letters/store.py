@@ -37,6 +37,8 @@ class DeadLetter(Struct, frozen=True, kw_only=True):
     id: str
     queue: str
     lane: str | None
+    sinks: tuple[str, ...]
+    """The sinks that could not take the message: `postgres`, `mirror`."""
     restaurant_id: str | None
     change_id: str | None
     entity: str | None
@@ -121,9 +123,9 @@ Cursor = tuple[datetime, str]
 """(last_failed_at, id) of the last dead letter of the previous page."""
 
 _COLUMNS = (
-    "id::text, queue, lane, restaurant_id::text, change_id::text, entity, entity_id::text, version, type, source,"
-    " terminal_id, trace_id, reason, error, place, fingerprint, deaths, first_failed_at, last_failed_at, status,"
-    " revision, replaced_by::text, why, kept_at, closed_at, octet_length(body) as body_bytes"
+    "id::text, queue, lane, sinks, restaurant_id::text, change_id::text, entity, entity_id::text, version, type,"
+    " source, terminal_id, trace_id, reason, error, place, fingerprint, deaths, first_failed_at, last_failed_at,"
+    " status, revision, replaced_by::text, why, kept_at, closed_at, octet_length(body) as body_bytes"
 )
 _WHOLE = f"select {_COLUMNS}, attempts::text, headers::text, body from dead_letters where id = $1"  # noqa: S608
 _SAMPLES = "select id, reason, place, error from dead_letters where id = any($1)"
@@ -189,7 +191,7 @@ async def page(
         f" order by l.last_failed_at desc, l.id desc limit {int(limit)}",
         *arguments,
     )
-    return [DeadLetter(**row) for row in rows]
+    return [DeadLetter(**{**row, "sinks": tuple(row["sinks"])}) for row in rows]
 
 
 async def count(connection: Connection, query: DeadLetterQuery) -> int:
@@ -263,7 +265,8 @@ async def edits(connection: Connection, id_: str) -> list[DeadLetterEdit]:
 
 def _whole(row: "asyncpg.Record") -> FullDeadLetter:
     attempts = msgspec.json.decode(row["attempts"], type=tuple[Attempt, ...])
-    return FullDeadLetter(**{**row, "attempts": attempts, "headers": _read(row["headers"])})
+    read = {"attempts": attempts, "headers": _read(row["headers"]), "sinks": tuple(row["sinks"])}
+    return FullDeadLetter(**{**row, **read})
 
 
 def _read(text: str) -> Any:

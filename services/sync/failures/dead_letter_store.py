@@ -32,11 +32,14 @@ class NewDeadLetter(Struct, frozen=True, kw_only=True):
     """One dead letter, parsed from a dead message (services/sync/failures/parsing.py)."""
 
     digest: bytes
-    """SHA-256 of dead-letter queue and body. It identifies the dead letter through all of its deaths."""
+    """SHA-256 of the body. It identifies the dead letter through all of its deaths, in both sinks."""
     queue: str
     lane: str | None
     """The lane of the dead-letter queue; None for the queue of the mirror writer. After a rewind the mirror writer
     reads a change again, so a second arrival in its queue does not count as a death."""
+    sinks: tuple[str, ...]
+    """The sink that could not take the message: `postgres` or `mirror`. If both could not, the table has one dead
+    letter with both."""
     restaurant_id: str | None
     change_id: str | None
     entity: str | None
@@ -67,25 +70,33 @@ _NEW: Sequence[tuple[str, str, Callable[[NewDeadLetter], Any]]] = (
     *((name, "bytea", attrgetter(name)) for name in ("digest", "body")),
     ("version", "int4", attrgetter("version")),
     ("mixed", "bool", attrgetter("mixed")),
+    ("sinks", "text", lambda dead_letter: dead_letter.sinks[0]),
     ("attempts", "json", lambda dead_letter: _json(dead_letter.attempts)),
     ("headers", "json", lambda dead_letter: _json(dead_letter.headers)),
     ("first_failed_at", "timestamptz", lambda dead_letter: dead_letter.attempts[0].at),
     ("last_failed_at", "timestamptz", lambda dead_letter: dead_letter.attempts[-1].at),
 )
 _NAMES = ", ".join(name for name, _, _ in _NEW)
+_VALUES = ", ".join("array[sinks]" if name == "sinks" else name for name, _, _ in _NEW)
 _KEEP = (
-    f"insert into dead_letters ({_NAMES}) select * from unnest("  # noqa: S608
+    f"insert into dead_letters ({_NAMES}) select {_VALUES} from unnest("  # noqa: S608
     + ", ".join(f"${number}::{type_}[]" for number, (_, type_, _) in enumerate(_NEW, 1))
     + f") as new ({_NAMES}) on conflict (digest) do nothing returning digest"
 )
-_KNOWN = "select id::text, attempts::text, last_failed_at, status from dead_letters where digest = $1 for update"
-_DIED_AGAIN = """
-update dead_letters
-set attempts = $2::json, deaths = deaths + 1, revision = revision + 1, last_failed_at = $3, reason = $4, error = $5,
-    place = $6, fingerprint = $7, headers = $8::json, status = $9, closed_at = null
+_KNOWN = """
+select id::text, attempts::text, last_failed_at, status, lane, sinks from dead_letters where digest = $1 for update
+"""
+_OTHER_SINK = """
+update dead_letters set sinks = array(select distinct unnest(sinks || $2::text[]) order by 1 desc), attempts = $3::json
 where id = $1
 """
-# A dead letter of the mirror writer has no lane.
+_DIED_AGAIN = """
+update dead_letters
+set attempts = $2::json, deaths = deaths + $10, revision = revision + 1, last_failed_at = $3, reason = $4, error = $5,
+    place = $6, fingerprint = $7, headers = $8::json, status = $9, closed_at = null, queue = $11, lane = $12
+where id = $1
+"""
+# A dead letter of the mirror writer alone has no lane.
 _OPEN = """
 select change_id::text, body from dead_letters
 where status in ('open', 'replaying') and lane is not null and not mixed and change_id is not null
@@ -108,7 +119,9 @@ async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) ->
 
     If a dead letter is stored already, it has died again: `keep` appends its attempts, opens it again, and increments
     its deaths and its revision. A message that was delivered twice changes nothing, because its failure is stored
-    already. The same transaction deletes the changes from `retries`."""
+    already. If the other sink stored it, the dead letter gets both sinks, and this is no further death: both read the
+    same message. Its queue, lane and failure are then those of PostgreSQL, because a replay goes through the lane. The
+    same transaction deletes the changes from `retries`."""
     first: dict[bytes, NewDeadLetter] = {}
     for dead_letter in dead_letters:
         first.setdefault(dead_letter.digest, dead_letter)
@@ -140,12 +153,19 @@ async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) ->
 
 async def _died_again(connection: Connection, dead_letter: NewDeadLetter) -> bool:
     known = await connection.fetchrow(_KNOWN, dead_letter.digest)
-    if known is None or dead_letter.lane is None:
+    if known is None:
         return False
     before = msgspec.json.decode(known["attempts"], type=list[Attempt])
-    if dead_letter.attempts[-1].at in {attempt.at for attempt in before}:
+    attempts = sorted(
+        [*before, *(attempt for attempt in dead_letter.attempts if attempt not in before)], key=attrgetter("at")
+    )
+    if other_sink := not set(dead_letter.sinks) <= set(known["sinks"]):
+        bounded_attempts = _json(bounded(attempts, _MAX_ATTEMPTS))
+        await connection.execute(_OTHER_SINK, known["id"], list(dead_letter.sinks), bounded_attempts)
+    if dead_letter.lane is None:
         return False
-    attempts = [*before, *(attempt for attempt in dead_letter.attempts if attempt not in before)]
+    if dead_letter.attempts[-1].at in {attempt.at for attempt in before} and not other_sink:
+        return False
     # If another copy of the change died, the replay still runs.
     still_replaying = known["status"] == "replaying" and dead_letter.replay_of != known["id"]
     await connection.execute(
@@ -159,8 +179,11 @@ async def _died_again(connection: Connection, dead_letter: NewDeadLetter) -> boo
         dead_letter.fingerprint,
         _json(dead_letter.headers),
         "replaying" if still_replaying else "open",
+        0 if other_sink else 1,
+        dead_letter.queue,
+        dead_letter.lane,
     )
-    return True
+    return not other_sink
 
 
 def bounded(attempts: list[Attempt], max_attempts: int) -> list[Attempt]:

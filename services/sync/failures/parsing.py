@@ -106,9 +106,10 @@ def _dead_letter(
     version = seen.entityversion
     replay = headers.get(REPLAY)
     return NewDeadLetter(
-        digest=digest(queue, body),
+        digest=digest(body),
         queue=queue,
         lane=None if lane is None else lane.value,
+        sinks=("mirror" if lane is None else "postgres",),
         restaurant_id=restaurant,
         change_id=_uuid(seen.id),
         entity=_name(entity),
@@ -131,12 +132,13 @@ def _dead_letter(
     )
 
 
-def digest(queue: str, body: bytes) -> bytes:
-    """Returns the digest that identifies a dead letter. Spaces around a single event do not change the digest, because
-    our own code dead-letters the same change without spaces (`single_change_body`)."""
+def digest(body: bytes) -> bytes:
+    """Returns the digest that identifies a dead letter. It is the same for both sinks, which read the same message.
+    Spaces around a single event do not change it, because our own code dead-letters the same change without spaces
+    (`single_change_body`)."""
     without_spaces = body.startswith(b"[{") and body.endswith(b"}]")
     parts = [body] if without_spaces else _parts(body)
-    return hashlib.sha256(queue.encode() + b"\0" + (parts[0] if len(parts) == 1 else body)).digest()
+    return hashlib.sha256(parts[0] if len(parts) == 1 else body).digest()
 
 
 def _parts(body: bytes) -> list[bytes]:

@@ -4,9 +4,10 @@
 -- A dead letter has one row. If its message dies again, `deaths` increases.
 create table dead_letters (
     id uuid primary key default gen_random_uuid(),
-    digest bytea not null unique,  -- SHA-256 of dead-letter queue and body
-    queue text not null,           -- the dead-letter queue
-    lane text,                     -- the lane that a replay uses; null for a dead letter of the mirror writer
+    digest bytea not null unique,  -- SHA-256 of the body
+    queue text not null,           -- the dead-letter queue of the lane, or that of the mirror writer
+    lane text,                     -- the lane that a replay uses; null for a dead letter of the mirror writer alone
+    sinks text[] not null,         -- the sinks that could not take the message: postgres, mirror
     restaurant_id uuid,            -- null if the event names no readable restaurant
     change_id uuid,
     entity text,
@@ -62,10 +63,10 @@ create table dead_letter_edits (
 );
 create index dead_letter_edits_of_dead_letter on dead_letter_edits (dead_letter_id, at);
 
--- Each replay or dry run is a row, so that it survives the sync worker that runs it.
+-- Each replay, dry run, discard or restore of many dead letters is a row, so that it survives the sync worker that runs it.
 create table replay_jobs (
     id uuid primary key default gen_random_uuid(),
-    kind text not null check (kind in ('replay', 'dry_run')),
+    kind text not null check (kind in ('replay', 'dry_run', 'discard', 'restore')),
     state text not null default 'waiting'
         check (state in ('waiting', 'running', 'done', 'cancelled', 'stopped')),  -- stopped: the job stopped by itself
     selection json not null,       -- the ids or the filter that selected the dead letters
@@ -75,6 +76,7 @@ create table replay_jobs (
     canary boolean not null default true,
     total int not null default 0,
     cancel_requested boolean not null default false,
+    undo_of uuid references replay_jobs on delete set null,  -- the discard whose dead letters this job restores
     message text,
     created_at timestamptz not null default now(),
     started_at timestamptz,
@@ -89,7 +91,7 @@ create table replay_job_items (
     dead_letter_id uuid not null references dead_letters on delete cascade,
     fingerprint text not null,     -- the fingerprint of the dead letter when the job was made
     -- null until the job handles the item. A replay: sending, sent, resolved, failed, skipped. A dry run: would_write,
-    -- superseded, would_fail, skipped.
+    -- superseded, would_fail, skipped. A discard: discarded, failed, skipped. A restore: restored, skipped.
     outcome text,
     same_cause boolean,            -- true if the dead letter failed again with the same fingerprint; null if it did not fail
     detail text,
