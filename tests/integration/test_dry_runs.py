@@ -23,6 +23,7 @@ async def test_dry_run_reports_outcomes_and_leaves_no_trace(refusing_rig: Rig) -
     await refusing_rig.publish(newer)
     await refusing_rig.written(newer)
     would_write, refused = change(order(items=2)), change(order(items=1, notes="forbidden"))
+    mirrored = change(order(items=1))
     superseded = change(order(id=first.entity_id, items=4), entityversion=2, basechangeid=first.id)
     forked = change(order(id=first.entity_id, items=5, notes="fork"), entityversion=4, basechangeid=first.id)
     broken = msgspec.json.encode(change(menu_item())).replace(b'"price":', b'"price":-')
@@ -30,7 +31,7 @@ async def test_dry_run_reports_outcomes_and_leaves_no_trace(refusing_rig: Rig) -
     bodies: list[Change | bytes] = [*changes.values(), broken, first]
     for one in bodies:
         await refusing_rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), message(one))
-    await refusing_rig.publisher.publish_to_queue(topology.MIRROR_DEAD, message(would_write))
+    await refusing_rig.publisher.publish_to_queue(topology.MIRROR_DEAD, message(mirrored))
     await refusing_rig.publisher.publish_to_queue(topology.dead_queue(Lane.CRITICAL), b"garbage")
     await refusing_rig.dead_letters(8)
     before = await tables(refusing_rig)
@@ -45,7 +46,7 @@ async def test_dry_run_reports_outcomes_and_leaves_no_trace(refusing_rig: Rig) -
         assert (dead_letter.status, dead_letter.revision) == ("open", 1)
         results[dead_letter.change_id, dead_letter.lane] = (part.outcome, part.detail)
     assert results[would_write.id, "critical"] == ("would_write", "version 1")
-    assert results[would_write.id, None] == ("would_write", "version 1, into the mirror")
+    assert results[mirrored.id, None] == ("would_write", "version 1, into the mirror")
     assert results[superseded.id, "critical"][0] == "superseded"
     assert "the head is version 3" in str(results[superseded.id, "critical"][1])
     assert results[forked.id, "critical"] == ("would_write", "version 4, and opens a conflict")

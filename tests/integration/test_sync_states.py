@@ -196,8 +196,10 @@ async def test_sync_status_has_the_exact_fields_of_the_terminals_contract_and_op
                 found: dict[str, Any] = (await client.get("/api/sync/status", params={"terminalId": "T-7"})).json()
                 return found
 
-            # The dish is written by another lane than the orders.
-            found = await eventually(status, what="the dish", until=lambda one: one["tables"]["Product"]["synced"] == 1)
+            # The two dishes are written by another lane than the orders.
+            found = await eventually(
+                status, what="the dishes", until=lambda one: one["tables"]["Product"]["synced"] == 2
+            )
             counts = {"pending": 0, "failed": 0, "synced": 0, "conflicts": 0}
             names = ("SaleOrder", "Product", "Table", "Category", "Brand", "Bay", "Job", "Customer", "InventoryItem")
             assert found == {
@@ -205,9 +207,9 @@ async def test_sync_status_has_the_exact_fields_of_the_terminals_contract_and_op
                 "tables": {
                     **dict.fromkeys(names, counts),
                     "SaleOrder": {**counts, "pending": 1, "failed": 1, "synced": 1},
-                    "Product": {**counts, "synced": 1},
+                    "Product": {**counts, "synced": 2},
                 },
-                "totals": {**counts, "pending": 1, "failed": 1, "synced": 2},
+                "totals": {**counts, "pending": 1, "failed": 1, "synced": 3},
                 "summary": {
                     "totalTables": 9,
                     "tablesWithPending": 1,
