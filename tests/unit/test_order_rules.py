@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from litestar.datastructures import MultiDict
 
 from services.orders.requests import OrdersQuery
 from services.orders.views import state_view
@@ -82,7 +83,7 @@ def test_an_invalid_cursor_is_refused_with_the_name_of_its_field(text: str) -> N
 )
 def test_an_invalid_parameter_is_refused_by_name(query: dict[str, str], field: str) -> None:
     with pytest.raises(InvalidInput) as refused:
-        read_query(SimpleNamespace(query_params=query), OrdersQuery)
+        read_query(SimpleNamespace(query_params=MultiDict(query)), OrdersQuery)
     assert refused.value.details["field"] == field
 
 
