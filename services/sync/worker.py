@@ -71,8 +71,9 @@ def assemble(settings: Settings) -> WorkerParts:
     mirror, publisher, rail = rail_parts.mirror, rail_parts.publisher, rail_parts.rail
     watch = HeartbeatMonitor(settings)
     feed_loop = FeedLoop(settings, postgres, mirror)
-    ledger_loop = LedgerLoop(settings, postgres, publisher)
-    mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics)
+    tap = LogTap()
+    ledger_loop = LedgerLoop(settings, postgres, publisher, tap=tap)
+    mirror_writer = MirrorWriter(settings, postgres, mirror, publisher, watch, tracer, writer_metrics, tap=tap)
     return WorkerParts(
         settings,
         postgres,

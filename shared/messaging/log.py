@@ -31,6 +31,7 @@ an offset that does not exist, without an error, and then waits until the log ha
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -71,6 +72,9 @@ _ATTACH_TIMEOUT_SECONDS = 10.0
 _CLOSE_TIMEOUT_SECONDS = 1.0
 _CHECK_CONSUMER_INTERVAL_SECONDS = 0.5
 """A deleted stream ends its consumer silently, so the reader checks that its consumer exists."""
+# A smaller batch shows that the reader had received everything that the log had.
+_AT_END_MESSAGES = 64
+_AT_END_BYTES = 1 << 20
 _MAX_SIGNAL_BYTES = 1_000
 """The maximum size of a signal. The reader does not look for a signal in a longer body."""
 
@@ -114,6 +118,9 @@ class LogBatch:
     caught_up: bool
     positions: list[LogPosition]
     """The positions of all messages, signals too; at least one."""
+    at_end: float | None = None
+    """When the reader had received everything that the log had, on the monotonic clock; None if more may follow at
+    once."""
     broken: BrokenPosition | None = None
     """Set in the first batch after the reader went back. This batch begins after `broken.back_to`."""
 
@@ -257,7 +264,8 @@ class LogReader:
             else:
                 caught_up = caught_up or signal.id == mark
         broken, self._broken = self._broken, None
-        return LogBatch(entries, heartbeats, caught_up, positions, broken)
+        few = len(messages) < _AT_END_MESSAGES and sum(len(entry.body) for entry in entries) < _AT_END_BYTES
+        return LogBatch(entries, heartbeats, caught_up, positions, time.monotonic() if few else None, broken)
 
     @asynccontextmanager
     async def _attach(self, start: Start) -> "AsyncIterator[_LogConnection]":

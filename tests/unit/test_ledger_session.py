@@ -27,7 +27,8 @@ def at(offset: int) -> LogPosition:
 def batch(*offsets: int, caught_up: bool = False, broken: BrokenPosition | None = None) -> LogBatch:
     """A batch with one change at each offset."""
     entries = [LogEntry(at(offset), "critical", encode_batch((encode(change(order())),))) for offset in offsets]
-    return LogBatch(entries, [], caught_up, [at(offset) for offset in offsets], broken)
+    at_end = time.monotonic() if len(offsets) < 64 else None
+    return LogBatch(entries, [], caught_up, [at(offset) for offset in offsets], at_end, broken)
 
 
 class FakeReader:

@@ -26,6 +26,8 @@ from services.sync.ledger.repairs import Repairs
 from services.sync.ledger.session import EndOfSession, LedgerSession, LedgerTotals, Patience
 from shared.backoff import backoff
 from shared.lifecycle import BackgroundLoop, end_tasks
+from shared.messaging.log import LogReader
+from shared.messaging.log_tap import LogTap, TappedReader
 from shared.messaging.publisher import BROKEN_LINK, Publisher
 from shared.postgres.checkpoints import Checkpoint, last_checkpoint, list_checkpoints
 from shared.postgres.feed import ForeignDatabase, PositionLost
@@ -46,11 +48,18 @@ _ROUND_SECONDS = 1.0
 
 class LedgerLoop:
     def __init__(
-        self, settings: Settings, postgres: Postgres, publisher: Publisher, *, patience: Patience | None = None
+        self,
+        settings: Settings,
+        postgres: Postgres,
+        publisher: Publisher,
+        *,
+        tap: LogTap | None = None,
+        patience: Patience | None = None,
     ) -> None:
-        """`postgres`: a pool of the writer role."""
+        """`postgres`: a pool of the writer role. `tap`: the batches that the mirror writer of this process reads."""
         self._settings = settings
         self._postgres = postgres
+        self._tap = tap
         self._patience = patience or Patience()
         self._repairs = Repairs(settings, publisher)
         self._session: LedgerSession | None = None
@@ -138,7 +147,7 @@ class LedgerLoop:
             last=last.id if last else None,
         )
         log.info("ledger_leads", log_low=begun.log_low if begun else None)
-        reading = asyncio.create_task(session.read_log(ledger_reader(self._settings, "ledger")), name="ledger-log")
+        reading = asyncio.create_task(session.read_log(self._reader()), name="ledger-log")
         try:
             while not reading.done():
                 await session.round()
@@ -149,6 +158,12 @@ class LedgerLoop:
             await reading  # raises its error
         finally:
             await end_tasks(reading)
+
+    def _reader(self) -> LogReader | TappedReader:
+        reader = ledger_reader(self._settings, "ledger")
+        if self._tap is None:
+            return reader
+        return TappedReader(reader, self._tap, silence_seconds=2 * self._settings.heartbeat_interval_seconds)
 
 
 def totals_of(checkpoint: Checkpoint) -> LedgerTotals:

@@ -27,6 +27,7 @@ from services.sync.ledger.repairs import Repairs
 from services.sync.ledger.sides import MAX_IDS, FeedOnly, LogOnly, Sides
 from shared.entities.contract import Lane
 from shared.messaging.log import LogBatch, LogHeartbeat, LogReader, Start
+from shared.messaging.log_tap import TappedReader
 from shared.messaging.position import LogPosition
 from shared.postgres.checkpoints import BEFORE_LOG, Checkpoint, append_checkpoint, prune_checkpoints
 from shared.postgres.feed import FeedPosition, read_page
@@ -45,9 +46,6 @@ _MAX_LOOKED_UP = 2_000
 _MAX_RESENDS = 10
 _MAX_HEARTBEATS = 1_000
 _MAX_EXPIRED_RANGES = 100
-# A smaller batch shows that the reader had received everything that the log had.
-_AT_END_MESSAGES = 64
-_AT_END_BYTES = 1 << 20
 
 
 class EndOfSession(Exception):
@@ -150,7 +148,7 @@ class LedgerSession:
 
     # -- the log ---------------------------------------------------------------------------------------------------
 
-    async def read_log(self, reader: LogReader) -> None:
+    async def read_log(self, reader: LogReader | TappedReader) -> None:
         """Reads the log without end. Raises EndOfSession."""
         start: Start = "first" if self.sides.log_position == BEFORE_LOG else self.sides.log_position
         async with aclosing(reader.read(start)) as batches:
@@ -187,8 +185,8 @@ class LedgerSession:
             for change, _ in changes:
                 self.sides.from_log(change.id, LogOnly(entry.position, before[entry.position], lane, change))
         self._heartbeats = [*self._heartbeats, *batch.heartbeats][-_MAX_HEARTBEATS:]
-        if len(batch.positions) < _AT_END_MESSAGES and sum(len(one.body) for one in batch.entries) < _AT_END_BYTES:
-            self._note_end()
+        if batch.at_end is not None:
+            self._note_end(batch.at_end)
         if batch.caught_up:
             if self.sides.rereads:
                 raise EndOfSession("the log ends before what was read of it")
@@ -196,11 +194,10 @@ class LedgerSession:
         if len(self.sides.log) > MAX_IDS:
             self._room.clear()
 
-    def _note_end(self) -> None:
-        now = time.monotonic()
-        if now - self._at_end > self._max_pause:
-            self._steady_since = now
-        self._at_end = now
+    def _note_end(self, at: float) -> None:
+        if at - self._at_end > self._max_pause:
+            self._steady_since = at
+        self._at_end = at
 
     @property
     def _max_pause(self) -> float:

@@ -59,6 +59,7 @@ from shared.entities.contract import (
 )
 from shared.lifecycle import BackgroundLoop, end_tasks
 from shared.messaging.log import BrokenPosition, LogBatch, LogEntry, LogReader
+from shared.messaging.log_tap import LogTap
 from shared.messaging.position import LogPosition
 from shared.messaging.publisher import BROKEN_LINK, InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, MIRROR_DEAD
@@ -109,9 +110,11 @@ class MirrorWriter:
         tracer: Tracer,
         metrics: WriterMetrics,
         *,
+        tap: LogTap | None = None,
         heartbeats_again_seconds: float = 10.0,
     ) -> None:
-        """`heartbeats_again_seconds`: see `send_again_seconds` of `WarmUp`."""
+        """`tap`: gets the batches that this writer reads. `heartbeats_again_seconds`: see `send_again_seconds` of
+        `WarmUp`."""
         self._tracer = tracer
         self._metrics = metrics
         self._settings = settings
@@ -119,6 +122,7 @@ class MirrorWriter:
         self._mirror = mirror
         self._publisher = publisher
         self._watch = watch
+        self._tap = tap or LogTap()
         heartbeats = HeartbeatSender(settings, postgres, publisher, watch)
         self.warm_up = WarmUp(settings, postgres, mirror, heartbeats, send_again_seconds=heartbeats_again_seconds)
         self.loop = BackgroundLoop("mirror-writer", self._run)
@@ -191,22 +195,31 @@ class MirrorWriter:
         position = begun.position
         self._watch.note_log_start()
         self._at_end = False
-        async with aclosing(self._reader().read(begun.start, fallbacks=self.warm_up.fallbacks)) as batches:
-            async for batch in batches:
-                # A mirror that has applied nothing has no position to lose: the reader found that the log has lost the
-                # place of a checkpoint, and has begun at an older one.
-                if batch.broken is not None and position != NOTHING_APPLIED:
-                    position = await self._go_back(batch.broken)
-                for heartbeat in batch.heartbeats:
-                    if heartbeat.lane in set(Lane):
-                        self._watch.arrived_in_log(Lane(heartbeat.lane), heartbeat.id, heartbeat.offset)
-                began = time.time_ns()
-                self._trace(await self.apply_entries(batch.entries, position, batch.last), began)
-                position = self._applied = batch.last
-                await self._handle_signals(batch)
-                self.loop.turned()
-                if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
-                    await asyncio.sleep(_GATHER_SECONDS)
+        try:
+            async with aclosing(self._reader().read(begun.start, fallbacks=self.warm_up.fallbacks)) as batches:
+                async for batch in batches:
+                    self._tap.pass_on(batch)
+                    position = await self._take(batch, position)
+        finally:
+            self._tap.end()
+
+    async def _take(self, batch: LogBatch, position: LogPosition) -> LogPosition:
+        """Applies a batch to a mirror that has applied the log to `position`. Returns the new position."""
+        # A mirror that has applied nothing has no position to lose: the reader found that the log has lost the
+        # place of a checkpoint, and has begun at an older one.
+        if batch.broken is not None and position != NOTHING_APPLIED:
+            position = await self._go_back(batch.broken)
+        for heartbeat in batch.heartbeats:
+            if heartbeat.lane in set(Lane):
+                self._watch.arrived_in_log(Lane(heartbeat.lane), heartbeat.id, heartbeat.offset)
+        began = time.time_ns()
+        self._trace(await self.apply_entries(batch.entries, position, batch.last), began)
+        position = self._applied = batch.last
+        await self._handle_signals(batch)
+        self.loop.turned()
+        if self.warm and len(batch.entries) < _SMALL_BATCH_MESSAGES:
+            await asyncio.sleep(_GATHER_SECONDS)
+        return batch.last
 
     async def _go_back(self, broken: BrokenPosition) -> LogPosition:
         """Moves the position of the mirror back, and returns the new one. Raises Rewind if the mirror has another
