@@ -53,6 +53,7 @@ async def copied_system(servers: Servers, copy: Path) -> AsyncIterator[System]:
         await asyncio.to_thread(own_redis.discard)
 
 
+@pytest.mark.slow  # it follows a page of the documentation on a copy of the tree
 @pytest.mark.timeout(600)
 async def test_the_tutorial_creates_an_entity_that_reaches_postgresql(copy: Path, copied_system: System) -> None:
     system, done = copied_system, []

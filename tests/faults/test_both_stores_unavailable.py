@@ -8,7 +8,7 @@ import pytest
 
 from tests.rigs.outage import Outage, under_load, wait_acknowledged, wait_and_prove
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # its load goes on through two outages
 
 
 async def test_with_both_stores_unavailable_creations_continue_and_changes_and_reads_get_503(outage: Outage) -> None:

@@ -17,7 +17,7 @@ from tests.rigs.outage import (
     wait_and_prove,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # its load goes on through outages and failovers
 
 
 @asynccontextmanager
@@ -31,7 +31,6 @@ async def postgres_behind(outage: Outage) -> AsyncIterator[None]:
         await asyncio.to_thread(outage.servers.postgres.thaw)
 
 
-@pytest.mark.slow  # it waits for the end of a long freeze
 async def test_a_redis_frozen_for_six_seconds_loses_nothing(outage: Outage) -> None:
     await outage.change_price(1_111)
     async with under_load(outage, 1) as load:
@@ -79,7 +78,6 @@ async def test_a_killed_and_later_wiped_redis_loses_nothing(outage: Outage) -> N
     await assert_no_version_claimed_twice(outage)
 
 
-@pytest.mark.slow  # it waits until the copy is old
 async def test_a_redis_restarted_from_a_copy_ten_seconds_old_loses_nothing(outage: Outage) -> None:
     await outage.change_price(2_222)
     async with under_load(outage, 2) as load:

@@ -13,7 +13,7 @@ from tests.rigs.outage import Outage, under_load, wait_acknowledged, wait_and_pr
 from tests.rigs.proxy import Mode
 from tests.rigs.system import eventually
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # its load goes on while a database is restored
 
 _REPEAT_SECONDS = 0.2
 _LOWER_REPLIES = 25

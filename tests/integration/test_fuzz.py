@@ -15,11 +15,15 @@ from tests.rigs.system import System, eventually
 
 DETERMINISTIC = ("--seed=1", "--generation-deterministic")
 RUNS = [
-    ("orders", "admin", ("--phases=examples,fuzzing", "--max-examples=3")),
+    pytest.param("orders", "admin", ("--phases=examples,fuzzing", "--max-examples=3"), id="orders-admin"),
     # This run tests the boundaries of every field. `make fuzz` tests them on the other, similar routes.
-    ("orders", "staff", ("--phases=coverage", "--include-path-regex=^/api/(orders|payments)")),
-    ("sync", "admin", ("--phases=examples,fuzzing", "--max-examples=10")),
-    ("notifier", "customer", ("--phases=coverage,fuzzing", "--max-examples=10")),
+    pytest.param(
+        *("orders", "staff", ("--phases=coverage", "--include-path-regex=^/api/(orders|payments)")),
+        id="orders-staff",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param("sync", "admin", ("--phases=examples,fuzzing", "--max-examples=10"), id="sync-admin"),
+    pytest.param("notifier", "customer", ("--phases=coverage,fuzzing", "--max-examples=10"), id="notifier-customer"),
 ]
 
 
@@ -34,7 +38,7 @@ async def fuzzed(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
         await system.down()
 
 
-@pytest.mark.parametrize(("service", "role", "arguments"), RUNS, ids=[f"{run[0]}-{run[1]}" for run in RUNS])
+@pytest.mark.parametrize(("service", "role", "arguments"), RUNS)
 async def test_every_reply_is_described_in_the_api_document(
     fuzzed: System, service: str, role: str, arguments: tuple[str, ...]
 ) -> None:

@@ -287,12 +287,13 @@ async def finished(owner: RailRig, left: Stale) -> None:
         await owner.rail.claim_finisher.finish(left)
 
 
+@pytest.mark.parametrize("examples", [150, pytest.param(700, marks=pytest.mark.slow)])
 @pytest.mark.timeout(600)  # shrinking a failing example takes minutes
-def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(world: World) -> None:
+def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(world: World, examples: int) -> None:
     run_state_machine_as_test(
         lambda: RailMachine(world),  # type: ignore[arg-type]
         settings=settings(
-            max_examples=700,
+            max_examples=examples,
             stateful_step_count=30,
             derandomize=True,
             database=None,
@@ -301,7 +302,8 @@ def test_promises_1_to_5_hold_for_any_order_of_steps_crashes_and_lost_mirrors(wo
             suppress_health_check=list(HealthCheck),
         ),
     )
-    assert_reached(world.seen)
+    if examples == 700:
+        assert_reached(world.seen)
 
 
 def assert_reached(seen: Counter[str]) -> None:
