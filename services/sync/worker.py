@@ -29,6 +29,7 @@ from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_health_service, settings_of_service
 from shared.lifecycle import freeze_memory, vital_task
 from shared.messaging import declare
+from shared.messaging.log_tap import LogTap
 from shared.observability.metrics import Metrics, RailMetrics, WriterMetrics, watch_pool
 from shared.observability.tracing import Tracer
 from shared.postgres.pool import Postgres

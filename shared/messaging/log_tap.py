@@ -122,12 +122,13 @@ class TappedReader:
                         break
             assert listener is not None  # a reader has no end
             self.joined = True
+            read = recent[-1]
             try:
                 while (passed := await listener.next(self._silence_seconds)) is not None:
-                    rest = _after(passed, start)
+                    rest = _after(passed, read)
                     if rest is not None:
                         yield rest
-                        start = rest.last
+                        start = read = rest.last
             finally:
                 self.joined = False
 

@@ -16,7 +16,7 @@ from tests.rigs.system import eventually
 
 
 class MirrorRig:
-    def __init__(self, rig: Rig, **options: float) -> None:
+    def __init__(self, rig: Rig, **options: Any) -> None:
         """`options`: of `MirrorWriter`."""
         self.rig = rig
         self.mirror = rig.mirror
