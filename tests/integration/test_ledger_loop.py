@@ -17,13 +17,15 @@ from shared.entities.contract import Change, Lane, encode, now
 from shared.entities.order import OrderStatus
 from shared.messaging import declare, topology
 from shared.messaging.log import LogReader
+from shared.messaging.log_tap import LogTap
 from shared.messaging.management import ask
 from shared.mirror.mirror import Document
 from shared.mirror.stored_heads import FeedNote
 from shared.postgres.checkpoints import last_checkpoint
 from shared.postgres.feed import find_end
 from shared.postgres.pool import UNAVAILABLE
-from tests.rigs.builders import RESTAURANT, change, order
+from tests.rigs.builders import RESTAURANT, change, message, order
+from tests.rigs.mirror_writer import MirrorRig
 from tests.rigs.postgres_writer import MakeRig, Rig
 from tests.rigs.rail.changes import applied
 from tests.rigs.servers import Redis, Servers
@@ -43,8 +45,8 @@ class LedgerRig:
         self.rig = rig
         self.ledger = self.another()
 
-    def another(self) -> LedgerLoop:
-        return LedgerLoop(self.rig.settings, self.rig.postgres, self.rig.publisher, patience=QUICK)
+    def another(self, tap: LogTap | None = None) -> LedgerLoop:
+        return LedgerLoop(self.rig.settings, self.rig.postgres, self.rig.publisher, tap=tap, patience=QUICK)
 
     async def leads(self, ledger: LedgerLoop | None = None) -> None:
         async def look() -> bool:
@@ -178,6 +180,35 @@ async def test_change_that_a_purged_lane_lost_is_sent_again(rigged: LedgerRig, s
         assert second.totals.resent == 1, "the next leader does not know what the last one has repaired"
     finally:
         await second.stop()
+
+
+async def test_leader_compares_the_log_that_the_mirror_writer_reads_and_reads_on_without_it(rigged: LedgerRig) -> None:
+    rig = rigged.rig
+    await rigged.ledger.stop()
+    tap = LogTap()
+    mirror_writer = MirrorRig(rig, tap=tap).writer
+    mirror_writer.start()
+    leader = rigged.another(tap)
+    leader.start()
+
+    async def shares(expected: bool) -> None:
+        async def look() -> bool:
+            return leader.state()["shares_log"] is expected
+
+        await eventually(look, what=f"a leader with shares_log {expected}", within=30)
+
+    try:
+        for mirror_writer_runs in (True, False):
+            if not mirror_writer_runs:
+                await mirror_writer.stop()
+            await shares(mirror_writer_runs)
+            lost = change(order())
+            await rig.publisher.publish_to_queue(topology.LOG, message(lost))
+            await rig.written(lost, within=60)
+        assert leader.totals.resent == 2
+    finally:
+        await leader.stop()
+        await mirror_writer.stop()
 
 
 async def test_ledger_without_a_leader_raises_an_alarm(rigged: LedgerRig) -> None:

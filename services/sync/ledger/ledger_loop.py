@@ -60,6 +60,7 @@ class LedgerLoop:
         self._settings = settings
         self._postgres = postgres
         self._tap = tap
+        self._tapped: TappedReader | None = None
         self._patience = patience or Patience()
         self._repairs = Repairs(settings, publisher)
         self._session: LedgerSession | None = None
@@ -91,10 +92,11 @@ class LedgerLoop:
         return self._session is not None and change_id in self._session.sides.log
 
     def state(self) -> dict[str, Any]:
-        """Returns the state for the health endpoint."""
+        """Returns the state for the health endpoint. `shares_log`: it takes the log that the mirror writer reads."""
         alarms = {"unexplained": bool(self.totals.unexplained), "age": self.age_seconds > MAX_AGE_SECONDS}
         return {
             "leads": self._session is not None,
+            "shares_log": self._session is not None and self._tapped is not None and self._tapped.joined,
             "age_seconds": round(self.age_seconds, 1),
             "open": self.totals.open,
             "resent": self.totals.resent,
@@ -163,7 +165,8 @@ class LedgerLoop:
         reader = ledger_reader(self._settings, "ledger")
         if self._tap is None:
             return reader
-        return TappedReader(reader, self._tap, silence_seconds=2 * self._settings.heartbeat_interval_seconds)
+        self._tapped = TappedReader(reader, self._tap, silence_seconds=2 * self._settings.heartbeat_interval_seconds)
+        return self._tapped
 
 
 def totals_of(checkpoint: Checkpoint) -> LedgerTotals:
