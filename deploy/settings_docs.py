@@ -51,8 +51,8 @@ def page() -> str:
     parts = [
         "# Settings\n\n"
         "Each process reads its settings from environment variables, then from `.env` in its working directory, then "
-        "takes the\ndefault. `.env.example` lists them all: copy it to `.env`, and remove the `#` before each setting "
-        "that you change.\n\n"
+        "from files in\n`/run/secrets` (`ticketrail_jwt_secret` for `TICKETRAIL_JWT_SECRET`), then takes the default. "
+        "`.env.example` lists them all:\ncopy it to `.env`, and remove the `#` before each setting that you change.\n\n"
         "A process with a wrong value, or with an unknown name that begins with `TICKETRAIL_`, does not start. It "
         "prints the setting,\nits value (except that of a secret) and what is allowed, or the nearest known name.\n\n"
         "On Kubernetes set `enableServiceLinks: false`: a Service named `ticketrail-orders` otherwise puts variables "

@@ -89,6 +89,7 @@ def variable(name: str) -> str:
 # -- groups, in the order of the documents -----------------------------------------------------------------------
 
 PROCESS = Group("Process", "The role of this process and the place of its files.")
+COMMANDS = Group("Commands", "Settings that only the command `ticketrail` reads.")
 BACKENDS = Group(
     "Backends",
     "Each role of the database has a URL of its own; `ticketrail migrate` creates the roles and the read-only user "
@@ -173,13 +174,29 @@ def _from_json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+RETRY_PRESETS = {
+    "growing": (1_000, 10_000, 60_000, 300_000),
+    "every_30s": (30_000,) * 10,
+    "every_5min": (300_000,) * 12,
+}
+"""Name of a retry schedule -> the delays before each retry, in milliseconds. Two of them are those of systems that
+Ticketrail replaces."""
+
+
+def _steps(value: Any) -> Any:
+    return RETRY_PRESETS.get(value) or _from_json(value) if isinstance(value, str) else value
+
+
 # These types decode JSON themselves, because pydantic-settings does not raise a ValidationError for broken JSON.
 Steps = Annotated[
     tuple[Annotated[int, Gt(0)], ...],
     MinLen(1),
     NoDecode,
-    BeforeValidator(_from_json),
-    Words("a JSON list of whole numbers above 0, such as [1000, 10000]"),
+    BeforeValidator(_steps),
+    Words(
+        "a JSON list of whole numbers above 0, such as [1000, 10000], or the name of a schedule: growing (the default),"
+        " every_30s (10 retries in 5 minutes), every_5min (12 retries in an hour)"
+    ),
 ]
 Urls = Annotated[
     dict[str, str],
@@ -188,6 +205,23 @@ Urls = Annotated[
     Words(
         'a JSON object such as {"orders": "http://orders:8001"}, with the keys orders, sync-worker, sync-api, notifier'
     ),
+]
+_SERVICES = ("orders", "sync-worker", "sync-api", "notifier")
+
+
+def _name_services(value: dict[str, str]) -> dict[str, str]:
+    for name in value:
+        if name not in _SERVICES:
+            raise ValueError(f"{name!r} is no service")
+    return value
+
+
+ServiceUrls = Annotated[
+    dict[str, str],
+    NoDecode,
+    BeforeValidator(_from_json),
+    AfterValidator(_name_services),
+    Words('a JSON object such as {"orders": "amqp://…"}, with the keys orders, sync-worker, sync-api, notifier'),
 ]
 Port = Annotated[int, Field(ge=1, le=65_535)]
 PortBase = Annotated[

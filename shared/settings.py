@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
+from shared.command_settings import CommandSettings
 from shared.security.weak_secrets import passwords_in, weakness
 from shared.setting_fields import (
     BACKENDS,
@@ -22,6 +23,7 @@ from shared.setting_fields import (
     NOTIFIER,
     PREFIX,
     PROCESS,
+    RETRY_PRESETS,
     SERVERS,
     SIGN_IN,
     TOPOLOGY,
@@ -40,7 +42,6 @@ from shared.setting_fields import (
     RedisUrls,
     Secret,
     Steps,
-    Urls,
     variable,
 )
 from shared.settings_loading import load
@@ -62,8 +63,9 @@ def _default_trace_sample(validated: Mapping[str, Any]) -> float:
     return 1.0 if validated.get("environment") == "development" else 0.1
 
 
-class Settings(BaseSettings):
+class Settings(CommandSettings):
     # `extra`: one `.env` also contains settings of `make run` and docker-compose.yml. `load` refuses unknown names.
+    # `load` also reads the files of /run/secrets (shared/settings_loading.py).
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
     )
@@ -79,14 +81,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = PROCESS.setting(
         "info", "Log lines below this level are dropped."
     )
+    request_log_level: Literal["info", "warning", "error", "off"] = PROCESS.setting(
+        "info",
+        "The lowest level of request lines in the log: `info` logs every request, `warning` those with a status from "
+        "400 on, `error` those from 500 on.",
+    )
     instance: PositiveInt | Literal["auto"] = PROCESS.setting(
         1,
         "The number of this instance within its service, which names its journal and its series of order numbers; "
         "`auto` leases the lowest free number in this home, for replicas that share it.",
-    )
-    status_urls: Urls = PROCESS.setting(
-        {},
-        "The URLs of the services for `ticketrail status`, if they do not share a host.",
     )
 
     rabbitmq_url: BrokerUrls = BACKENDS.setting(
@@ -259,8 +262,9 @@ class Settings(BaseSettings):
     )
 
     retry_steps_ms: Steps = TOPOLOGY.setting(
-        (1_000, 10_000, 60_000, 300_000),
-        "The delays before each retry of a change that could not be written.",
+        RETRY_PRESETS["growing"],
+        "The delays before each retry of a change that could not be written. Run `ticketrail migrate` after a change: "
+        "each delay has a queue.",
         unit="milliseconds",
     )
     change_log_max_age: str = TOPOLOGY.setting(

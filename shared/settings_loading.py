@@ -42,8 +42,14 @@ OTHER_NAMES: Mapping[str, str] = {
     "TICKETRAIL_EDGE_RANGE": "docker-compose.yml: the part of that network from which services get their addresses",
     "TICKETRAIL_GATEWAY_ADDRESS": "docker-compose.yml: the address of the gateway in that network",
     "TICKETRAIL_RABBITMQ_PASSWORD": "docker-compose.yml: the password of RabbitMQ's administrator",
+    "TICKETRAIL_RABBITMQ_ORDERS_PASSWORD": "docker-compose.yml: the password of RabbitMQ's user for the orders service",
+    "TICKETRAIL_RABBITMQ_WORKER_PASSWORD": "docker-compose.yml: the password of RabbitMQ's user for the sync worker",
+    "TICKETRAIL_RABBITMQ_SYNC_PASSWORD": "docker-compose.yml: the password of RabbitMQ's user for the sync API",
+    "TICKETRAIL_RABBITMQ_NOTIFIER_PASSWORD": "docker-compose.yml: the password of RabbitMQ's user for the notifier",
     "TICKETRAIL_RABBITMQ_WATCHER_PASSWORD": "docker-compose.yml: the password of RabbitMQ's read-only user",
-    "TICKETRAIL_REDIS_PASSWORD": "docker-compose.yml: the password of the mirror",
+    "TICKETRAIL_REDIS_ORDERS_PASSWORD": "docker-compose.yml: the password of the mirror's user for the orders service",
+    "TICKETRAIL_REDIS_WORKER_PASSWORD": "docker-compose.yml: the password of the mirror's user for the sync worker",
+    "TICKETRAIL_REDIS_SYNC_PASSWORD": "docker-compose.yml: the password of the mirror's user for the sync API",
     "TICKETRAIL_POSTGRES_PASSWORD": "docker-compose.yml: the password of PostgreSQL's superuser",
     "TICKETRAIL_DATABASE_OWNER_PASSWORD": "docker-compose.yml: the password of the role that migrates",
     "TICKETRAIL_DATABASE_WRITER_PASSWORD": "docker-compose.yml: the password of the role that writes",
@@ -61,6 +67,10 @@ OTHER_NAMES: Mapping[str, str] = {
 """Maps a name that is not a setting of a service, but may be in the same environment or `.env`, to its reader and its
 meaning."""
 
+SECRETS = Path("/run/secrets")
+"""The directory where Docker and Kubernetes put secrets: a file `ticketrail_jwt_secret` has the value of the setting
+TICKETRAIL_JWT_SECRET. The environment and `.env` override it. Other files there are ignored, also those of others."""
+
 S = TypeVar("S", bound=BaseSettings)
 
 
@@ -77,7 +87,7 @@ def load(kind: type[S]) -> S:
     if unknown:
         raise SettingsError("\n".join(unknown))
     try:
-        return kind()
+        return kind(_secrets_dir=SECRETS if SECRETS.is_dir() else None)
     except ValidationError as error:
         # `from None` hides the error of pydantic, which shows the values of secrets.
         raise SettingsError("\n".join(_sentences(kind, error, given))) from None

@@ -90,4 +90,6 @@ def create() -> Litestar:
 if __name__ == "__main__":
     from shared.http.server import serve
 
-    serve("benchmarks.peers.dual_write:create", host="127.0.0.1", port=int(os.environ["BENCH_PORT"]))
+    serve(
+        "benchmarks.peers.dual_write:create", service="dual-write", host="127.0.0.1", port=int(os.environ["BENCH_PORT"])
+    )

@@ -13,6 +13,7 @@ if __name__ == "__main__":
         require_home_of_traces(settings)
     serve(
         "services.notifier.app:create",
+        service="notifier",
         host=settings.host,
         port=settings.notifier_port,
         connections=settings.client_connections,

@@ -1,9 +1,11 @@
-"""Headers that every response of a service gets."""
+"""Headers that every response of a service gets, and the request log, whose lines have the request id of a header."""
 
 import re
+import time
 from typing import Any
 
 from shared.http.methods import head_as_get
+from shared.http.request_log import RequestLog
 from shared.observability import tracing
 
 REPLY_HEADERS = "ticketrail.reply_headers"
@@ -20,11 +22,12 @@ _HEADERS = [
 
 class ResponseHeaders:
     """ASGI middleware around the whole application. It adds the request id, the trace id and the security headers to
-    every response, even if no route matches. A response without a Content-Security-Policy gets the strictest one. HEAD
-    is answered like GET."""
+    every response, even if no route matches, and logs the request. A response without a Content-Security-Policy gets
+    the strictest one. HEAD is answered like GET."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, request_log: RequestLog) -> None:
         self.app = app
+        self._request_log = request_log
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -34,10 +37,12 @@ class ResponseHeaders:
             receive, send = head_as_get(scope, receive, send)
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given if _REQUEST_ID.fullmatch(given) else b""
+        began, status, trace_id = time.monotonic(), 0, b""
         added: list[tuple[bytes, bytes]] = []
         scope[REPLY_HEADERS] = added
 
         async def sent(message: Any) -> None:
+            nonlocal status, trace_id
             if message["type"] == "http.response.start":
                 headers = [*message["headers"], *_HEADERS, *added]
                 if not any(name == b"content-security-policy" for name, _ in message["headers"]):
@@ -48,7 +53,17 @@ class ResponseHeaders:
                     trace_id = tracing.begun().trace_id.encode()
                     headers.append((b"x-trace-id", trace_id))
                 headers.append((b"x-request-id", request_id or trace_id))
+                status = message["status"]
                 message = {**message, "headers": headers}
             await send(message)
 
-        await self.app(scope, receive, sent)
+        try:
+            await self.app(scope, receive, sent)
+        finally:
+            self._request_log.write(
+                scope,
+                status=status,
+                began=began,
+                request_id=(request_id or trace_id).decode(),
+                trace_id=trace_id.decode(),
+            )

@@ -5,6 +5,8 @@ import ctypes
 import signal
 from typing import Any
 
+from shared.observability.logs import SERVER_LOGGING, configure_logging
+
 _M_MMAP_THRESHOLD = -3  # the number of the parameter in malloc.h of glibc
 _LARGE_BLOCK_BYTES = 128 << 10
 
@@ -27,8 +29,18 @@ def stop_event() -> asyncio.Event:
     return stopping
 
 
-def serve(target: str, *, host: str, port: int, connections: int | None = None, kill_after_seconds: int = 8) -> None:
+def serve(
+    target: str,
+    *,
+    service: str,
+    host: str,
+    port: int,
+    connections: int | None = None,
+    kill_after_seconds: int = 8,
+) -> None:
     """Runs the ASGI factory `target` ("package.module:function") in one worker process until SIGTERM or SIGINT.
+
+    `service`: the name of the service in the log.
 
     `connections`: the maximum number of open connections. Granian's default is 1,024; if all of these are streams, none
     is left for /health. `kill_after_seconds`: the time from the signal until the worker is killed. Without it, a client
@@ -39,6 +51,8 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
 
+    # The process that starts the worker logs too. The worker configures its own log with the level of its settings.
+    configure_logging(service)
     Granian(
         target,
         address=host,
@@ -50,6 +64,7 @@ def serve(target: str, *, host: str, port: int, connections: int | None = None, 
         loop=Loops.uvloop,
         workers=1,
         log_access=False,
+        log_dictconfig=SERVER_LOGGING,
         workers_kill_timeout=kill_after_seconds,
     ).serve()
 

@@ -19,6 +19,7 @@ from shared.http.health import Readiness, health, metrics_route
 from shared.http.limits import Limits
 from shared.http.methods import allowed_methods
 from shared.http.openapi import Api
+from shared.http.request_log import RequestLog
 from shared.http.response_headers import ResponseHeaders
 from shared.mirror.mirror import Mirror
 from shared.observability.logs import configure_logging
@@ -72,7 +73,7 @@ def create_service(
         openapi_config=None,
         logging_config=None,
     )
-    return ResponseHeaders(app)
+    return ResponseHeaders(app, RequestLog(settings.request_log_level))
 
 
 def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Lifespan) -> ResponseHeaders:
@@ -85,7 +86,7 @@ def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Life
         openapi_config=None,
         logging_config=None,
     )
-    return ResponseHeaders(app)
+    return ResponseHeaders(app, RequestLog("off"))
 
 
 def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:

@@ -47,6 +47,11 @@ def retry_queue(lane: Lane, delay_ms: int) -> str:
     return f"sync.postgres.{lane}.retry.{delay_ms}ms.v1"
 
 
+def retry_delays_ms(settings: Settings) -> list[int]:
+    """Returns each delay of the retry schedule once. Several steps with one delay share its queue."""
+    return list(dict.fromkeys(settings.retry_steps_ms))
+
+
 def bound_queues() -> list[str]:
     """Returns the queues that receive changes from the exchange, for all lanes."""
     return [*(lane_queue(lane) for lane in Lane), REFERENCE_LOG, LOG]
@@ -109,6 +114,27 @@ def queues(settings: Settings) -> list[QueueSpec]:
         )
         found.extend(
             QueueSpec(retry_queue(lane, step), _quorum(message_ttl=step, **_dead_lettering(lane_queue(lane))))
-            for step in settings.retry_steps_ms
+            for step in retry_delays_ms(settings)
         )
     return found
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What a user of RabbitMQ may do, as regular expressions of names. No service may declare or delete anything."""
+
+    write: str
+    read: str
+    configure: str = "^$"
+
+
+# A reader of a log publishes marks to it through the default exchange, whose name for permissions is `amq.default`.
+_MARKS = r"amq\.default"
+_LOGS = r"changes\..*log\.v1"
+PERMISSIONS = {
+    "orders": Permissions(write=rf"^(ticketrail\.changes|{_MARKS})$", read=rf"^{_LOGS}$"),
+    "sync-worker": Permissions(write=rf"^(ticketrail\.changes|{_MARKS})$", read=rf"^({_LOGS}|sync\..*)$"),
+    "sync-api": Permissions(write=rf"^(ticketrail\.changes|{_MARKS})$", read=rf"^{_LOGS}$"),
+    "notifier": Permissions(write=rf"^{_MARKS}$", read=rf"^{_LOGS}$"),
+}
+"""Service -> the permissions of its user, which `ticketrail migrate` creates."""

@@ -1,9 +1,11 @@
-"""Writes logs as JSON lines to standard output, each with the id of its trace.
+"""Writes logs as JSON lines to standard output, each with the id of its trace. The lines of libraries, of the HTTP
+server and of the standard error output have the same format.
 
 Logging never raises. On a full disk, or if the reader of a pipe is gone, lines are lost, and the next line that can be
 written says how many. An error instead would break the work that only wanted to log, such as the commit of an order.
 """
 
+import io
 import json
 import logging
 import os
@@ -20,6 +22,13 @@ def _add_trace(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     if (trace := tracing.current()) is not None:
         event.setdefault("trace_id", trace.trace_id)
     return event
+
+
+# Granian would give its logger handlers of another format. Its lines go to the handler of the root logger instead.
+SERVER_LOGGING: dict[str, Any] = {
+    "handlers": {},
+    "loggers": {"_granian": {"level": "INFO", "propagate": True}},
+}
 
 
 class LossyOutput:
@@ -48,9 +57,35 @@ class LossyOutput:
         """Does nothing, because `write` has no buffer."""
 
 
+class JsonErrors(io.TextIOBase):
+    """Stands in for the standard error output: each line of text becomes a JSON line, so that the log of a service has
+    no line of another format. Python writes the traceback of an error there that nothing has caught."""
+
+    def __init__(self, output: LossyOutput, service: str) -> None:
+        self._output = output
+        self._service = service
+        self._rest = ""
+
+    def write(self, text: str) -> int:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            self._put(line)
+        return len(text)
+
+    def flush(self) -> None:
+        """Writes what has no end of line yet."""
+        rest, self._rest = self._rest, ""
+        self._put(rest)
+
+    def _put(self, line: str) -> None:
+        if line.strip():
+            found = {"service": self._service, "level": "error", "event": "stderr", "text": line}
+            self._output.write(json.dumps(found) + "\n")
+
+
 def configure_logging(service: str, level: str = "info") -> None:
-    """Configures logging. Call it once per process, in its entry point. Warnings of libraries that use `logging` get
-    the same format."""
+    """Configures logging. Call it once per process, in its entry point. Warnings of Python and of libraries that use
+    `logging` get the same format."""
     number = getattr(logging, level.upper())
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -82,6 +117,9 @@ def configure_logging(service: str, level: str = "info") -> None:
             ],
         )
     )
+    logging.captureWarnings(capture=True)
+    if sys.stderr is sys.__stderr__:  # in a test, pytest captures it
+        sys.stderr = JsonErrors(output, service)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))

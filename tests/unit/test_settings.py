@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from pydantic import ValidationError
 
 from deploy import settings_docs
 from deploy.local.local_settings import LocalSettings
 from services.sync.cli.main import main
 from shared.home import require_home
+from shared.messaging import topology
 from shared.setting_fields import allowed_values, description_of, variable
 from shared.settings import Settings
 from shared.settings_loading import LOCAL_RUN_NAMES, OTHER_NAMES, SettingsError
@@ -137,7 +139,7 @@ def test_every_setting_that_can_hold_a_password_or_key_counts_as_secret() -> Non
     assert secret == {
         name
         for name in LocalSettings.model_fields
-        if re.search(r"(secret|token|_key)$|^(database|redis|rabbitmq)_.*url$", name)
+        if re.search(r"(secret|token|_key)$|^(database|redis|rabbitmq)_.*urls?$", name)
     }
 
 
@@ -342,3 +344,31 @@ def test_every_setting_has_a_group_a_sentence_and_the_unit_of_its_name() -> None
             assert (described.unit == unit) == name.endswith(ending), name
         if "number" in allowed_values(field) and name not in ("instance", "trace_sample"):
             assert described.unit or name.endswith("_port") or name in ("port_base", "change_log_max_age"), name
+
+
+@pytest.mark.parametrize(("preset", "minutes"), [("growing", 6.2), ("every_30s", 5.0), ("every_5min", 60.0)])
+def test_retry_schedule_has_presets_and_one_queue_for_each_delay(
+    preset: str, minutes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TICKETRAIL_RETRY_STEPS_MS", preset)
+    settings = Settings(_env_file=None)
+    assert round(sum(settings.retry_steps_ms) / 60_000, 1) == minutes
+    retries = [queue.name for queue in topology.queues(settings) if ".retry." in queue.name]
+    assert len(retries) == len(set(retries)) == 3 * len(set(settings.retry_steps_ms))
+    monkeypatch.setenv("TICKETRAIL_RETRY_STEPS_MS", "sometimes")
+    with pytest.raises(ValidationError):
+        Settings(_env_file=None)
+
+
+def test_secrets_are_read_from_files_and_the_environment_overrides_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shared.settings_loading.SECRETS", tmp_path / "secrets")
+    default = Settings.load().database_api_url  # there is no such directory
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/ticketrail_database_api_url").write_text("postgresql://from@a-file/ticketrail\n")
+    (tmp_path / "secrets/of_another_program").write_text("ignored")
+    assert Settings.load().database_api_url == "postgresql://from@a-file/ticketrail" != default
+    monkeypatch.setenv("TICKETRAIL_DATABASE_API_URL", "postgresql://from@the-environment/ticketrail")
+    assert Settings.load().database_api_url == "postgresql://from@the-environment/ticketrail"

@@ -95,7 +95,9 @@ def _all(settings: Settings) -> list[tuple[str, Literal["lane", "retry", "dead",
     lanes: list[tuple[str, Literal["lane", "retry", "dead", "log"], str | None]] = []
     for lane in Lane:
         lanes.append((topology.lane_queue(lane), "lane", lane.value))
-        lanes += [(topology.retry_queue(lane, step), "retry", lane.value) for step in settings.retry_steps_ms]
+        lanes += [
+            (topology.retry_queue(lane, step), "retry", lane.value) for step in topology.retry_delays_ms(settings)
+        ]
         lanes.append((topology.dead_queue(lane), "dead", lane.value))
     logs = [(queue.name, "log", None) for queue in topology.logs(settings)]
     return [*lanes, (topology.MIRROR_DEAD, "dead", None), *logs]  # type: ignore[list-item]
