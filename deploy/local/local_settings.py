@@ -119,6 +119,9 @@ def command_environment(settings: LocalSettings, services: Mapping[str, str]) ->
         f"TICKETRAIL_{name.upper()}": value if isinstance(value, str) else json.dumps(value)
         for name, value in explicit.items()
     }
+    # No service needs this role, so only the command line gets it.
+    backup = f"postgresql://postgres:{PASSWORD}@127.0.0.1:{settings.postgres_port}/ticketrail"
+    own.setdefault("TICKETRAIL_DATABASE_BACKUP_URL", backup)
     return own | {name: value for name, value in services.items() if name.startswith("TICKETRAIL_")}
 
 

@@ -66,13 +66,18 @@ async def _adopt(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
             await connection.execute("update database_server set system_identifier = $1", system)
 
 
+async def make_roles(connection: "asyncpg.Connection[asyncpg.Record]", settings: Settings) -> None:
+    """Creates or updates the roles of the services. Raises MigrationError."""
+    for url in (settings.database_writer_url, settings.database_api_url, settings.database_ops_url):
+        await _make_role(connection, url)
+
+
 async def migrate(settings: Settings) -> list[str]:
     """Creates the roles, applies the missing files and returns their names. Raises MigrationError."""
     connection = await asyncpg.connect(settings.database_url, timeout=settings.database_timeout_seconds)
     try:
         await connection.execute("select pg_advisory_lock($1)", _ADVISORY_LOCK_ID)
-        for url in (settings.database_writer_url, settings.database_api_url, settings.database_ops_url):
-            await _make_role(connection, url)
+        await make_roles(connection, settings)
         await connection.execute(
             "create table if not exists migrations"
             " (name text primary key, sha256 text not null, applied_at timestamptz not null default now())"

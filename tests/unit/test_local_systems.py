@@ -212,7 +212,8 @@ def test_make_run_writes_every_setting_that_a_command_expects(working_directory:
     settings = LocalSettings.load()
     services = service_environment(settings, working_directory, {})
     local_systems.write_environment(working_directory, command_environment(settings, services))
-    assert read_environment(working_directory) == services
+    backup = {"TICKETRAIL_DATABASE_BACKUP_URL": "postgresql://postgres:ticketrail@127.0.0.1:17432/ticketrail"}
+    assert read_environment(working_directory) == services | backup
 
 
 def test_an_empty_system_is_refused(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
