@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run dev reset test test-slow coverage fuzz chaos api settings bench docs lint format lock swagger secrets clean bootstrap
+.PHONY: help run dev reset test test-slow coverage fuzz chaos api settings bench docs sbom advisories lint format lock swagger secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,20 @@ docs: bootstrap ## build the documentation site into .local/site; a broken link 
 	$(PYTHON) -m sphinx --fail-on-warning --keep-going -q -d .local/site-cache -b html docs .local/site
 	$(PYTHON) -m deploy.docs_site .local/site
 
+# The tools have an environment of their own, so that they cannot change the versions that they report.
+AUDIT := .local/audit
+$(AUDIT)/done: requirements-audit.lock | bootstrap
+	@$(PYTHON) -m venv --clear $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-audit.lock
+	@touch $@
+
+sbom: $(AUDIT)/done ## write the bill of materials of the image (CycloneDX) into .local/sbom.json
+	$(AUDIT)/bin/python -m cyclonedx_py requirements requirements-runtime.lock --pyproject pyproject.toml \
+		--mc-type application --output-reproducible --of JSON -o .local/sbom.json
+
+advisories: $(AUDIT)/done ## look for known vulnerabilities of the packages in the image; fails if pypi.org cannot be asked
+	$(AUDIT)/bin/python -m pip_audit --strict --require-hashes --disable-pip -r requirements-runtime.lock
+
 lint: bootstrap ## check with ruff, strict types and import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -80,6 +94,7 @@ lock: ## write the lock files from pyproject.toml (needs uv)
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
 	$(COMPILE) -c requirements.lock --extra docs -o requirements-docs.lock
+	$(COMPILE) -c requirements.lock --extra audit -o requirements-audit.lock
 
 swagger: ## replace the vendored files of Swagger UI; VERSION=5.35.0 (needs npm)
 	@sh deploy/vendor/swagger-ui.sh $(VERSION)
