@@ -12,6 +12,7 @@ import yaml
 
 from services.sync.api import API
 from shared.http.bodies import MAX_BODY_BYTES
+from shared.messaging.topology import PERMISSIONS
 from shared.security.weak_secrets import weakness
 from shared.settings import Settings
 from tests.rigs.system import ROOT
@@ -21,6 +22,7 @@ SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE)["services"]
 OURS = ("orders", "sync-worker", "sync-api", "notifier")
 # The first two end by themselves or are run by hand; the image of the collector has no program for a health check.
 WITHOUT_HEALTH = {"migrate", "ticketrail", "collector"}
+DOCKERFILE = (ROOT / "deploy/image/Dockerfile").read_text()
 EXAMPLE = (ROOT / "deploy/compose.env.example").read_text()
 SECRETS = re.findall(r"^(TICKETRAIL_\w+)=$", EXAMPLE, re.MULTILINE)
 
@@ -92,6 +94,43 @@ def test_a_service_has_only_the_password_of_its_own_database_role() -> None:
         "sync-api": {"TICKETRAIL_DATABASE_API_URL", "TICKETRAIL_DATABASE_OPS_URL"},
         "notifier": set(),
     }
+
+
+def test_each_service_has_users_of_its_own_and_migrate_alone_configures() -> None:
+    def user(name: str, setting: str) -> str | None:
+        found = re.match(r"\w+://([^:/]+):", str(_settings_of(SERVICES[name]).get(setting, "")))
+        return found[1] if found else None
+
+    brokers = {name: user(name, "TICKETRAIL_RABBITMQ_URL") for name in OURS}
+    assert brokers == {
+        "orders": "ticketrail_orders",
+        "sync-worker": "ticketrail_worker",
+        "sync-api": "ticketrail_sync",
+        "notifier": "ticketrail_notifier",
+    }
+    assert {name: user(name, "TICKETRAIL_REDIS_URL") for name in OURS} == {
+        "orders": "orders",
+        "sync-worker": "worker",
+        "sync-api": "sync",
+        "notifier": None,
+    }
+    made = json.loads(_settings_of(SERVICES["migrate"])["TICKETRAIL_RABBITMQ_SERVICE_URLS"])
+    assert {name: url.split("://")[1].split(":")[0] for name, url in made.items()} == brokers
+    for name in OURS:
+        settings = _settings_of(SERVICES[name])
+        assert not settings["TICKETRAIL_RABBITMQ_MANAGEMENT_URL"]
+        assert "TICKETRAIL_RABBITMQ_PASSWORD}" not in str(settings)
+    assert set(PERMISSIONS) == set(OURS)
+    assert {permissions.configure for permissions in PERMISSIONS.values()} == {"^$"}
+
+
+def test_every_image_of_others_has_a_full_version() -> None:
+    images = {
+        name: service["image"] for name, service in SERVICES.items() if "TICKETRAIL_IMAGE" not in service["image"]
+    }
+    images["python"] = next(line for line in DOCKERFILE.splitlines() if line.startswith("FROM python:"))
+    for name, image in images.items():
+        assert re.search(r":v?\d+\.\d+", image), f"{name} takes whatever is the newest {image}"
 
 
 def test_persistent_data_is_on_volumes() -> None:

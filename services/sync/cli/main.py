@@ -31,7 +31,7 @@ from services.sync.maintenance import commands as maintenance_commands
 from services.sync.mirror import commands as mirror_commands
 from shared.entities.contract import encode
 from shared.messaging import asyncapi, declare
-from shared.messaging.management import make_watcher
+from shared.messaging.management import make_service_users, make_watcher
 from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
 from shared.postgres.migrate import migrate
 from shared.security.tokens import Identity, Role, Tokens
@@ -83,6 +83,16 @@ async def migrate_servers(settings: Settings) -> None:
         settings.rabbitmq_url, lambda broker: _declare_topology(broker, settings), within=_BROKER_READY_SECONDS
     )
     click.echo(f"topology: {'change log created' if created else 'up to date'}")
+    if settings.rabbitmq_service_urls:
+        # Unlike the read-only user below, the services need these users.
+        await until_ready(
+            lambda: asyncio.to_thread(
+                make_service_users, settings.rabbitmq_management_url, settings.rabbitmq_service_urls
+            ),
+            within=_BROKER_READY_SECONDS,
+            what="the management API of RabbitMQ",
+        )
+        click.echo(f"users of RabbitMQ: {', '.join(settings.rabbitmq_service_urls)}")
     if settings.rabbitmq_management_url:
         try:
             await until_ready(

@@ -199,4 +199,6 @@ grant select on heartbeats, last_heartbeats to ticketrail_api, ticketrail_ops;
 grant select on restaurants to ticketrail_api, ticketrail_writer, ticketrail_ops;
 grant select, insert, update on users, terminals to ticketrail_writer;
 grant insert, update on restaurants to ticketrail_writer;
-grant select on users, terminals to ticketrail_ops;
+-- Operators see who exists, and neither hashes of passwords nor those of keys.
+grant select (id, restaurant_id, email, role, created_at) on users to ticketrail_ops;
+grant select (id, restaurant_id, name, created_at) on terminals to ticketrail_ops;

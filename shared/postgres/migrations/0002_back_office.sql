@@ -217,6 +217,7 @@ create policy owner on users for all to current_user using (true) with check (tr
 -- The api role may not select password_hash. sign_in_user returns it for one email at a time.
 grant select (id, restaurant_id, email, name, role, is_active, created_at, updated_at, deleted_at), insert, update
     on users to ticketrail_api;
+grant select (name, is_active, updated_at, deleted_at) on users to ticketrail_ops;
 grant insert on restaurants to ticketrail_api;
 grant select, delete on refresh_tokens to ticketrail_writer;
 
