@@ -12,6 +12,7 @@
 the data of a stage change also has `previousStage` and `newStage`. The event is encoded once for all subscribers. A
 screen keeps the state with the largest (version, changeId) of an order, as every store does."""
 
+import re
 from enum import IntEnum
 from typing import Any
 
@@ -55,8 +56,9 @@ _OF_ORDER = {
 }
 _OTHER_CHANGES = (PushKind.STATUS_UPDATE, "status_update")
 
-# The field is internal to idempotency. No screen needs it, and a customer could use it to compare requests.
-_INTERNAL = ("request_hash",)
+# These fields are internal to idempotency. No screen needs them, and a customer could use them to compare requests.
+# Quotes inside a JSON string are escaped, so only the fields themselves match.
+_INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
 
@@ -97,9 +99,7 @@ def push_event(encoded: bytes, cursor: Cursor) -> PushEvent | None:
         return None
     kind, name = _OF_ORDER.get(event_of(change.type)[1], _OTHER_CHANGES)
     # The fields stay encoded, so that fields of a newer release reach the screens.
-    data: dict[str, Any] = dict(_fields.decode(change.data.after))
-    for field in _INTERNAL:
-        data.pop(field, None)
+    data: dict[str, Any] = dict(_fields.decode(_INTERNAL.sub(b"", bytes(change.data.after))))
     if kind is PushKind.STAGE_CHANGE:
         data["previousStage"] = _previous_stage(change)
         data["newStage"] = state.status

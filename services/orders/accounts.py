@@ -25,8 +25,8 @@ _INSERT_RESTAURANT = (
     " values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb)"
 )
 _INSERT_USER = (
-    "insert into users (id, restaurant_id, email, name, role, password_hash)"  # noqa: S608  (constants)
-    " values ($1, $2, $3, $4, $5, $6) returning " + _FIELDS
+    "insert into users (id, restaurant_id, email, name, role, password_hash, request_hash)"  # noqa: S608  (constants)
+    " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing returning " + _FIELDS
 )
 _BEGIN_SESSION = "select begin_session($1, $2, $3, $4)"
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
@@ -134,7 +134,7 @@ class Accounts:
                     encode(restaurant.settings).decode(),
                 )
                 row = await connection.fetchrow(
-                    _INSERT_USER, str(uuid4()), restaurant.id, plain_email(email), name, "admin", password_hash
+                    _INSERT_USER, str(uuid4()), restaurant.id, plain_email(email), name, "admin", password_hash, None
                 )
                 user = _user(row)
                 await connection.execute(
@@ -183,13 +183,22 @@ class Accounts:
         async with self._as_tenant(restaurant) as connection:
             return await _one(connection, id_, deleted=deleted)
 
-    async def add(self, restaurant: str, email: str, name: str, role: str, password_hash: str) -> User:
-        """Adds a user. Raises Conflict if the email is in use."""
+    async def add(
+        self, restaurant: str, id_: str, email: str, name: str, role: str, password_hash: str, request_hash: str | None
+    ) -> User | None:
+        """Adds a user. `request_hash`: a slow hash of a request with an Idempotency-Key, because the request contains
+        the password. Returns None if there is a user with this id. Raises Conflict if the email is in use."""
         async with self._as_tenant(restaurant, readonly=False) as connection:
             row = await connection.fetchrow(
-                _INSERT_USER, str(uuid4()), restaurant, plain_email(email), name, role, password_hash
+                _INSERT_USER, id_, restaurant, plain_email(email), name, role, password_hash, request_hash
             )
-        return _user(row)
+        return None if row is None else _user(row)
+
+    async def request_hash(self, restaurant: str, id_: str) -> str | None:
+        """Returns the hash of the request that has added a user, or None if it had no Idempotency-Key."""
+        async with self._as_tenant(restaurant) as connection:
+            found: str | None = await connection.fetchval("select request_of_user($1)", id_)
+        return found
 
     async def restore(self, restaurant: str, id_: str) -> User:
         """Restores a user. Raises NotFound, and Conflict if the user is not deleted or another one has its email."""

@@ -21,6 +21,7 @@ from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.rail.idempotency import FactId
 from shared.restaurants import Restaurant
 from shared.security.tokens import Identity, Role
 
@@ -175,19 +176,23 @@ class DerivedFigures:
             found.append(_Totals(points, spent, visits, counted))
         return found
 
-    async def move(self, facts: Facts, type_: type[T], restaurant: str, parent: str, id_: str) -> T | None:
-        """Returns the recorded fact with this id, which the entity's state may no longer contain. Raises
+    async def move(self, facts: Facts, type_: type[T], restaurant: str, parent: str, fact: FactId) -> T | None:
+        """Returns the recorded fact with this id or key, which the entity's state may no longer contain. Raises
         Unavailable."""
-        names = ", ".join(column.name for column in facts.columns)
-        sql = f"select id::text, {names} from {facts.name} where restaurant_id = $1 and {facts.parent} = $2 and id = $3"  # noqa: S608
+        names = ", ".join(f"{one.name}::text" if one.pg_type == "uuid" else one.name for one in facts.columns)
+        sql = (
+            f"select id::text, {names} from {facts.name} where restaurant_id = $1 and {facts.parent} = $2"  # noqa: S608
+            " and (id = $3 or id = $4 or request_key = $4)"
+            " order by coalesce(id = $4 or request_key = $4, false) desc limit 1"
+        )
         try:
             async with self._postgres.tenant(restaurant) as connection:
-                row = await connection.fetchrow(sql, restaurant, parent, id_)
+                row = await connection.fetchrow(sql, restaurant, parent, fact.id, fact.key)
         except UNAVAILABLE as error:
             raise Unavailable(
                 "the database is unavailable, so this id cannot be checked; retry", retry_after=2.0
             ) from error
-        return None if row is None else type_(**row)
+        return None if row is None else type_(**{name: value for name, value in row.items() if value is not None})
 
     async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:
         """Returns `available`, `held` and `low` (at or below `low_at`) of each item, or None while unknown. What the

@@ -73,12 +73,12 @@ class EntityChanges:
         id_: str,
         build: Callable[[datetime], Any],
         *,
-        keyed: bool,
-        same: Callable[[Any], bool] = lambda _: True,
+        request_hash: str | None,
     ) -> Receipt:
-        """Creates an entity. `keyed`: `id_` is derived from an Idempotency-Key. `same` returns whether an equal request
-        created an existing state. Raises the errors of `build` and the rail, and InvalidInput for a key that was used
-        for another request."""
+        """Creates an entity. `request_hash`: the hash of a request with an Idempotency-Key, from which `id_` is
+        derived. The state that `build` returns must have it. Raises the errors of `build` and the rail, and
+        InvalidInput for a key that was used for another request."""
+        keyed = request_hash is not None
         at = now()
         try:
             state = build(at)
@@ -86,7 +86,7 @@ class EntityChanges:
             # A repeat may be invalid by now, because the menu has changed since the first request was accepted.
             with contextlib.suppress(Unavailable):
                 if keyed and (earlier := await self._heads.earlier(entity, identity.tenant, id_)):
-                    return _replay(entity, earlier, same)
+                    return _replay(entity, earlier, request_hash)
             raise
         draft = Draft(
             entity=entity,
@@ -104,7 +104,7 @@ class EntityChanges:
             raise Conflict(
                 "the same request is still being processed", code="in_progress", field="Idempotency-Key"
             ) from lost
-        return _receipt(entity, made) if isinstance(made, Committed) else _replay(entity, made, same)
+        return _receipt(entity, made) if isinstance(made, Committed) else _replay(entity, made, request_hash)
 
     # -- change ------------------------------------------------------------------------------------------------
 
@@ -145,8 +145,8 @@ class EntityChanges:
             if found is None:
                 raise NotFound(f"no such {entity.name}")
             before = found.state
-            if before.deleted_at is not None and not deleted:
-                raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
+            if not deleted:
+                check_not_deleted(entity, before)
             if versions is not None and str(found.head.version) not in versions:
                 raise _conflict(found.head)
             at = max(now(), before.updated_at)
@@ -186,6 +186,12 @@ class EntityChanges:
         return await self.change(identity, entity, id_, versions, change, deleted=True)
 
 
+def check_not_deleted(entity: Entity, state: Any) -> None:
+    """Raises NotFound if the state is deleted."""
+    if state.deleted_at is not None:
+        raise NotFound(f"the {entity.name} is deleted", code=f"{entity.name}_deleted")
+
+
 async def _pause(commits: int) -> None:
     """Sleeps for a jittered time, about as long as `commits` commits take, so that the losers of a race do not collide
     again."""
@@ -196,8 +202,8 @@ def _receipt(entity: Entity, committed: Committed) -> Receipt:
     return Receipt(entity, committed.state, committed.raw, committed.head, committed.durability, committed.visible)
 
 
-def _replay(entity: Entity, made: Standing, same: Callable[[Any], bool]) -> Receipt:
-    if not same(made.state):
+def _replay(entity: Entity, made: Standing, request_hash: str | None) -> Receipt:
+    if made.state.request_hash != request_hash:
         raise key_reused()
     return Receipt(entity, made.state, made.raw, made.head, None, replayed=True)
 

@@ -1,7 +1,8 @@
 """Reads entities from the mirror, or from PostgreSQL if the mirror does not have them.
 
 By id: a warm mirror that has the entity has its current state. A cold mirror may be behind or ahead of PostgreSQL, so
-both are read and the guard decides. A state that the mirror lacks is written into it.
+both are read and the guard decides; if neither has the entity, the answer is 503, because 404 would say that it does
+not exist. A state that the mirror lacks is written into it.
 
 Lists: the pending entities are read from the mirror first, then the page from PostgreSQL without them; the two are
 merged. A change that is committed in between is therefore found at least once. Without PostgreSQL a list comes from the
@@ -97,7 +98,8 @@ class EntityReads:
         self._repairs: set[asyncio.Task[None]] = set()
 
     async def one(self, entity: Entity, restaurant: str, id_: str) -> FoundState:
-        """Returns the current state of an entity. Raises NotFound, and Unavailable if no store can answer."""
+        """Returns the current state of an entity. Raises NotFound, and Unavailable if no store can answer. Only a warm
+        mirror proves that an entity is absent: PostgreSQL may not have it yet."""
         document, warm = await self._from_mirror(entity, restaurant, id_)
         if document is not None and warm:
             self._metrics.mirror.inc("hit")
@@ -115,6 +117,8 @@ class EntityReads:
             return _from_stored(entity, stored)
         if document is not None:
             return FoundState(entity, document.head, document.state, "mirror", document)
+        if not warm:
+            raise Unavailable(f"the {entity.name} is not known before the mirror is warm; retry", retry_after=2.0)
         raise NotFound(f"no such {entity.name}")
 
     async def page(self, entity: Entity, restaurant: str, selection: Selection, state: SyncState | None = None) -> Page:

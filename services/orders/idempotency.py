@@ -5,7 +5,7 @@ from uuid import UUID
 from msgspec import Struct
 
 from shared.http.call import Call
-from shared.rail.idempotency import FactId, checked_key, entity_id
+from shared.rail.idempotency import FactId, checked_key, entity_id, request_hash
 
 
 class RequestKey(Struct, frozen=True):
@@ -24,6 +24,10 @@ class RequestKey(Struct, frozen=True):
 
     def entity_id(self) -> str:
         return entity_id(self.caller, self.route, self.key)
+
+    def hash_of(self, body: bytes) -> str | None:
+        """Returns the hash of the request, which the new entity keeps; None without a key."""
+        return None if self.key is None else request_hash(body)
 
     def fact_id(self, given: UUID | None, target: str) -> FactId:
         """`given`: the id in the body. `target`: the id of the entity that gets the fact."""

@@ -9,7 +9,7 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET
 
-from services.orders.entity_changes import EntityChanges, Receipt, actor_of
+from services.orders.entity_changes import EntityChanges, Receipt, actor_of, check_not_deleted
 from services.orders.entity_reads import FoundState
 from services.orders.idempotency import RequestKey
 from services.orders.menu import MenuBook, Menus
@@ -29,7 +29,7 @@ from shared.entities.order import (
 )
 from shared.errors import Conflict, Forbidden, InvalidInput
 from shared.http.etags import Versions
-from shared.rail.idempotency import FactId, request_hash
+from shared.rail.idempotency import FactId
 from shared.rail.outcomes import OutOfStock
 from shared.security.tokens import Identity, Role
 
@@ -48,7 +48,7 @@ class OrderCommands:
         Unavailable, OutcomeUnknown."""
         session = _session(identity, requested)
         id_ = key.entity_id()
-        sha256 = None if key.key is None else request_hash(body)
+        sha256 = key.hash_of(body)
         book = await self._menus.book(identity.tenant)
         try:
             return await self._changes.create(
@@ -56,8 +56,7 @@ class OrderCommands:
                 _ENTITY,
                 id_,
                 lambda at: _new_order(id_, book, requested, at, session, identity, sha256),
-                keyed=key.key is not None,
-                same=lambda order: order.request_hash == sha256,
+                request_hash=sha256,
             )
         except OutOfStock as error:
             raise _out_of_stock(error, requested, book) from error
@@ -120,15 +119,12 @@ class OrderCommands:
             raise InvalidInput("must not be 0", field="amount", code="invalid_input")
 
         def change(order: Order, at: datetime) -> tuple[str, Order]:
-            earlier = next((one for one in order.payments if one.id == fact.id), None)
+            earlier = fact.earlier(order.payments)
             if earlier is not None:
-                if (earlier.amount, earlier.method, earlier.reference) != (
-                    requested.amount,
-                    requested.method,
-                    requested.reference,
-                ):
-                    raise fact.reused("payment")
+                found, sent = ((one.amount, one.method, one.reference) for one in (earlier, requested))
+                fact.check_repeat(earlier, "payment", same=found == sent)
                 return "payment_recorded", order
+            check_not_deleted(_ENTITY, order)
             _check_payment(order, requested)
             payment = Payment(
                 id=fact.id,
@@ -136,14 +132,16 @@ class OrderCommands:
                 method=requested.method,
                 created_at=at,
                 reference=requested.reference,
+                request_key=fact.request_key,
             )
             payments = (*order.payments, payment)
             return "payment_recorded", msgspec.structs.replace(
                 order, payments=payments, payment_status=payment_status(payments, order.total), updated_at=at
             )
 
-        receipt = await self._changes.change(identity, _ENTITY, id_, None, change, adds_fact=True)
-        return receipt, next(one for one in receipt.state.payments if one.id == fact.id)
+        receipt = await self._changes.change(identity, _ENTITY, id_, None, change, deleted=True, adds_fact=True)
+        payment = fact.earlier(receipt.state.payments) or receipt.state.payments[-1]
+        return receipt, msgspec.structs.replace(payment, request_key=UNSET)
 
 
 def _check_payment(order: Order, requested: RecordPayment) -> None:

@@ -69,6 +69,10 @@ class SignIn:
         async with self._hashing:
             return await asyncio.to_thread(hash_password, password)
 
+    async def fits(self, stored_hash: str, password: str) -> bool:
+        async with self._hashing:
+            return await asyncio.to_thread(fits, stored_hash, password)
+
     async def register(
         self, restaurant: Restaurant, email: str, name: str, password: str, address: str
     ) -> SignInSession:
@@ -95,7 +99,7 @@ class SignIn:
         await self._count(self._by_account, hashlib.sha256(plain_email(email).encode()).hexdigest()[:32])
         found = await self._accounts.by_email(email)
         stored_hash = found[1] if found is not None and found[1] else None
-        matches = await self._matches(stored_hash or self._unknown_account_hash, password)
+        matches = await self.fits(stored_hash or self._unknown_account_hash, password)
         if found is None or stored_hash is None or not matches:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         token, ttl = secrets.token_urlsafe(32), self._settings.refresh_token_ttl_seconds
@@ -133,10 +137,6 @@ class SignIn:
         return TableSession(self._tokens.issue(identity, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
 
     # -- helpers -----------------------------------------------------------------------------------------------
-
-    async def _matches(self, stored_hash: str, password: str) -> bool:
-        async with self._hashing:
-            return await asyncio.to_thread(fits, stored_hash, password)
 
     async def _count(self, bucket: TokenBucket, caller: str) -> None:
         wait, _ = await bucket.take(caller)

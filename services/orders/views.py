@@ -12,8 +12,9 @@ from msgspec import Raw
 from services.orders.entity_reads import FoundState
 from shared.entities.contract import Head, SyncState
 
-# The hash is internal to idempotency. Quotes inside a JSON string are escaped, so only the field itself matches.
-_REQUEST_HASH = re.compile(rb',"request_hash":(?:null|"[0-9a-f]*")')
+# These fields are internal to idempotency. Quotes inside a JSON string are escaped, so only the fields themselves
+# match.
+_INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
 PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
@@ -32,7 +33,8 @@ def state_view(
     """Returns the JSON of an entity. `state` is encoded, and is decoded only if `shown` names the fields to show.
     `more` has further fields."""
     extra = {"version": head.version, "sync": sync, **more}
+    state = _INTERNAL.sub(b"", state)
     if shown is not None:
         found = {**msgspec.json.decode(state), **extra}
         return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in shown}))
-    return Raw(_REQUEST_HASH.sub(b"", state, count=1)[:-1] + b"," + msgspec.json.encode(extra)[1:])
+    return Raw(state[:-1] + b"," + msgspec.json.encode(extra)[1:])

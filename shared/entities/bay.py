@@ -16,6 +16,8 @@ class Bay(Struct, frozen=True, kw_only=True):
     is_open: bool = True
     """A closed bay starts no job and keeps its queue."""
     deleted_at: Time | None = None
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 ENTITY = Entity(

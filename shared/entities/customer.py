@@ -7,10 +7,10 @@ ids, so that each one counts once, however often an event repeats it.
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.entities.contract import Id, Label, Lane, Text, Time
-from shared.entities.entity import Entity, Facts, OnConflict, Table, columns
+from shared.entities.entity import Column, Entity, Facts, OnConflict, Table, columns
 
 Phone = Annotated[str, Meta(pattern=r"^\+[1-9][0-9]{3,14}$", examples=["+4930123456"])]
 """A phone number in E.164 format."""
@@ -25,6 +25,8 @@ class LoyaltyMove(Struct, frozen=True, kw_only=True):
     points: Points
     created_at: Time
     reason: Label | None = None
+    request_key: Id | UnsetType = UNSET
+    """What was derived from the Idempotency-Key of a request that also had an id."""
 
 
 class Customer(Struct, frozen=True, kw_only=True):
@@ -39,6 +41,8 @@ class Customer(Struct, frozen=True, kw_only=True):
     loyalty_moves: tuple[LoyaltyMove, ...] = ()
     """The latest moves. The table `loyalty_moves` has all of them."""
     deleted_at: Time | None = None
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 ENTITY = Entity(
@@ -66,7 +70,10 @@ ENTITY = Entity(
         Facts(
             name="loyalty_moves",
             parent="customer_id",
-            columns=tuple(columns("points int4", "reason text", "created_at timestamptz")),
+            columns=(
+                *columns("points int4", "reason text", "created_at timestamptz"),
+                Column("request_key", "uuid", lambda one: None if one.request_key is UNSET else one.request_key),
+            ),
             field="loyalty_moves",
         ),
     ),

@@ -4,10 +4,10 @@ from datetime import datetime, timedelta
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.entities.contract import Id, Label, Lane, Time
-from shared.entities.entity import Entity, Facts, OnConflict, Table, columns
+from shared.entities.entity import Column, Entity, Facts, OnConflict, Table, columns
 
 Quantity = Annotated[int, Meta(ge=-(10**12), le=10**12)]
 Count = Annotated[int, Meta(ge=0, le=10**12)]
@@ -25,6 +25,8 @@ class StockMove(Struct, frozen=True, kw_only=True):
     quantity: Quantity
     created_at: Time
     reason: Label | None = None
+    request_key: Id | UnsetType = UNSET
+    """What was derived from the Idempotency-Key of a request that also had an id."""
 
 
 class InventoryItem(Struct, frozen=True, kw_only=True):
@@ -42,6 +44,8 @@ class InventoryItem(Struct, frozen=True, kw_only=True):
     moves: tuple[StockMove, ...] = ()
     """The latest moves. The table `stock_moves` has all of them."""
     deleted_at: Time | None = None
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 ENTITY = Entity(
@@ -72,7 +76,10 @@ ENTITY = Entity(
         Facts(
             name="stock_moves",
             parent="inventory_item_id",
-            columns=tuple(columns("quantity int8", "reason text", "created_at timestamptz")),
+            columns=(
+                *columns("quantity int8", "reason text", "created_at timestamptz"),
+                Column("request_key", "uuid", lambda one: None if one.request_key is UNSET else one.request_key),
+            ),
             field="moves",
         ),
     ),

@@ -93,6 +93,8 @@ class BayJob(Struct, frozen=True, kw_only=True):
     started_at: Time | None = None
     finished_at: Time | None = None
     deleted_at: Time | None = None
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 ENTITY = Entity(

@@ -21,6 +21,8 @@ class MenuGroup(Struct, frozen=True, kw_only=True):
     image_url: Url | None = None
     position: Annotated[int, Meta(ge=0, le=10_000)] = 0
     deleted_at: Time | None = None
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 def menu_group_entity(name: str, state: type[MenuGroup], *, table: str) -> Entity:

@@ -59,6 +59,8 @@ class MenuItem(Struct, frozen=True, kw_only=True):
     image_url: Url | None = None
     customizations: Annotated[tuple[CustomizationGroup, ...], Meta(max_length=50)] = ()
     consumes: Annotated[tuple[Consumption, ...], Meta(max_length=50)] = ()
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 ENTITY = Entity(

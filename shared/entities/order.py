@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.entities.contract import Amount, Id, Label, Lane, Money, Text, Time, encode
 from shared.entities.entity import Children, Column, Entity, Facts, Hold, Keyed, Numbering, OnConflict, Table, columns
@@ -93,6 +93,8 @@ class Payment(Struct, frozen=True, kw_only=True):
     method: Label
     created_at: Time
     reference: Label | None = None
+    request_key: Id | UnsetType = UNSET
+    """What was derived from the Idempotency-Key of a request that also had an id."""
 
 
 class Order(Struct, frozen=True, kw_only=True):
@@ -247,7 +249,10 @@ ENTITY = Entity(
         Facts(
             name="payments",
             parent="order_id",
-            columns=tuple(columns("amount int8", "method text", "reference text", "created_at timestamptz")),
+            columns=(
+                *columns("amount int8", "method text", "reference text", "created_at timestamptz"),
+                Column("request_key", "uuid", lambda one: None if one.request_key is UNSET else one.request_key),
+            ),
             field="payments",
         ),
     ),

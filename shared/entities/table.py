@@ -26,6 +26,8 @@ class DiningTable(Struct, frozen=True, kw_only=True):
     updated_at: Time
     state: TableState = TableState.FREE
     deleted_at: Time | None = None
+    request_hash: str | None = None
+    """SHA-256 of the request that created it, if that had an Idempotency-Key."""
 
 
 ENTITY = Entity(

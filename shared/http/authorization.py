@@ -9,7 +9,7 @@ from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from opentelemetry.trace import SpanKind
 
-from shared.errors import Forbidden
+from shared.errors import Forbidden, InvalidInput
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import discard_body
 from shared.http.client_address import TrustedProxies
@@ -26,6 +26,7 @@ from shared.security.tokens import Tokens
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
 ACTION = "ticketrail.action"
 """The key of the action in the options of a handler without an Operation."""
+_UNSAFE = frozenset(("POST", "PUT", "PATCH", "DELETE"))
 OPEN_PATHS = ("/health", "/metrics", "/api-docs")
 """Prefixes of paths that need no token, have no rate limit and begin no trace."""
 
@@ -53,7 +54,7 @@ class Authorization:
             return await self._app(scope, receive, send)
         scope[METRICS] = self._metrics  # type: ignore[literal-required]
         authorization = traceparent = None
-        has_body = too_large = False
+        has_body = too_large = keyed = False
         for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value.decode("latin-1")
@@ -64,6 +65,8 @@ class Authorization:
                 too_large = value.isdigit() and int(value) > MAX_BODY_BYTES
             elif name == b"transfer-encoding":
                 has_body = True
+            elif name == b"idempotency-key":
+                keyed = True
         trace = self._tracer.begin(traceparent)
         reply_headers: list[tuple[bytes, bytes]] = scope.get(REPLY_HEADERS, [])  # type: ignore[assignment]
         reply_headers.append((b"x-trace-id", trace.trace_id.encode()))
@@ -89,6 +92,8 @@ class Authorization:
                 await self._admit(scope, authorization, reply_headers)
                 if too_large:
                     raise RequestEntityTooLarge
+                if keyed:
+                    _check_honours_key(scope)
             except Exception:
                 if has_body:
                     await discard_body(receive)
@@ -140,6 +145,18 @@ class Authorization:
             attributes["http.response.status_code"] = status
         error = str(status) if status >= 500 else None
         self._tracer.end(trace, name, kind=SpanKind.SERVER, attributes=attributes, error=error)
+
+
+def _check_honours_key(scope: Scope) -> None:
+    """Raises InvalidInput if the request changes something and its route ignores the Idempotency-Key. The client would
+    take it for a promise that a repeat is safe."""
+    operation: Operation | None = scope["route_handler"].opt.get("operation")
+    if operation is not None and scope.get("method") in _UNSAFE and "Idempotency-Key" not in operation.headers:
+        raise InvalidInput(
+            "this route does not honour an Idempotency-Key",
+            field="Idempotency-Key",
+            code="idempotency_key_not_honoured",
+        )
 
 
 def authorization(

@@ -133,7 +133,8 @@ def document(api: Api) -> dict[str, Any]:
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip([id(type_) for type_ in types], schemas, strict=True))
     for component in components.values():
-        component.get("properties", {}).pop("request_hash", None)
+        for internal in ("request_hash", "request_key"):
+            component.get("properties", {}).pop(internal, None)
         if text := component.get("description"):
             component["description"] = " ".join(text.split())  # Python 3.13 and later indent docstrings differently
     components |= {"Error": _error_schema(), "Sync": _SYNC}

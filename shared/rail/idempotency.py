@@ -1,11 +1,14 @@
 """Repeated requests: what a repeat creates or adds counts once.
 
     entity   its id is derived from the caller, the route and the Idempotency-Key, so a repeat has the same id. The
-             repeat loses its claim to the first request. Without a claim, this instance or the stores know the first
+             repeat loses its claim to the first request. Without a claim, this instance or the stores know the first.
+             The state keeps the hash of the request that created it
     fact     a payment or a move has the id of the body, else one that is derived in the same way and from its entity.
-             So the state and the tables keep it once, in every fork. A key beside an id in the body is ignored
+             So the state and the tables keep it once, in every fork. If a request has both, the fact keeps what was
+             derived from the key beside its id, and the key decides: with another id it is another request
 
-The same key with another body is refused (422), and so is the same id with other content (409).
+The same key with another body is refused (422), and so is the same id with other content (409). Both hold also after
+the entity has changed or was deleted.
 """
 
 import asyncio
@@ -13,15 +16,15 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol, TypeVar
 from uuid import NAMESPACE_URL, UUID, uuid4, uuid5
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from shared.entities.entity import Entity
-from shared.errors import Conflict, InvalidInput, TicketrailError, Unavailable
+from shared.errors import Conflict, InvalidInput, Unavailable
 from shared.rail.commit import Rail
 from shared.rail.draft import Draft
 from shared.rail.head import Standing
@@ -59,26 +62,63 @@ def key_reused() -> InvalidInput:
     return InvalidInput("this key was used for another request", field="Idempotency-Key", code="idempotency_key_reused")
 
 
+class Fact(Protocol):
+    """A payment or a move."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def request_key(self) -> str | UnsetType:
+        """What was derived from the Idempotency-Key of the request, if that also had an id."""
+        ...
+
+
+F = TypeVar("F", bound=Fact)
+
+
 class FactId(Struct, frozen=True):
-    """The id of a new fact. A fact that may be a repeat is `repeatable`."""
+    """The id of a new fact."""
 
     id: str
     given: bool
-    repeatable: bool
+    """Whether the body has the id."""
+    key: str | None
+    """The id that is derived from the Idempotency-Key."""
 
     @classmethod
     def of(cls, given: UUID | None, target: str, caller: str, route: str, key: str | None) -> "FactId":
         """`given`: the id in the body. `target`: the id of the entity that gets the fact. `caller`, `route` and `key`
         are those of `entity_id`."""
-        if given is not None:
-            return cls(str(given), True, True)
-        return cls(entity_id(f"{target}|{caller}", route, key), False, key is not None)
+        derived = None if key is None else entity_id(f"{target}|{caller}", route, key)
+        return cls(str(given or derived or uuid4()), given is not None, derived)
 
-    def reused(self, what: str) -> TicketrailError:
-        """Returns the error for a fact with this id and other content. `what`: the kind of fact, such as "payment"."""
-        if not self.given:
-            return key_reused()
-        return Conflict(f"this id was used for another {what}", code=f"{what}_id_reused", field="id")
+    @property
+    def repeatable(self) -> bool:
+        """Whether a repeat of the request has the same id."""
+        return self.given or self.key is not None
+
+    @property
+    def request_key(self) -> str | UnsetType:
+        """The field of the new fact. A fact without an id of the body has the derived one as its id."""
+        return self.key if self.given and self.key is not None else UNSET
+
+    def earlier(self, facts: Iterable[F]) -> F | None:
+        """Returns the fact that an earlier request with this key, or else with this id, has added."""
+        facts = tuple(facts) if self.repeatable else ()
+        by_key = (one for one in facts if self.key is not None and self.key in (one.id, one.request_key))
+        return next(by_key, None) or next((one for one in facts if one.id == self.id), None)
+
+    def check_repeat(self, earlier: Fact, what: str, *, same: bool) -> None:
+        """Checks that this request repeats the one that has added a fact. `same`: both have the same content. `what`:
+        the kind of fact, such as "payment". Raises InvalidInput for a key that was used for another request, and
+        Conflict for an id that was."""
+        if self.key is not None and self.key in (earlier.id, earlier.request_key):
+            had_id = earlier.id != self.key
+            if not same or had_id != self.given or (self.given and earlier.id != self.id):
+                raise key_reused()
+        elif not same:
+            raise Conflict(f"this id was used for another {what}", code=f"{what}_id_reused", field="id")
 
 
 class Earlier(Protocol):

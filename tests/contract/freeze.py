@@ -31,6 +31,7 @@ def _id(n: int) -> str:
     return f"{n:08d}-0000-4000-8000-000000000000"
 
 
+_HASH = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 ORDER = Order(
     id=_id(1),
     restaurant_id=RESTAURANT,
@@ -72,7 +73,7 @@ ORDER = Order(
     notes="birthday",
     special_instructions="no nuts",
     placed_by="session-1",
-    request_hash="e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    request_hash=_HASH,
 )
 MENU_ITEM = MenuItem(
     id=_id(2),
@@ -147,7 +148,8 @@ ADDED: dict[str, list[dict[str, Any]]] = {
             "customer_id": _id(14),
             "external_id": "pos-77",
             "holds": (StockHold(_id(7), 4), StockHold(_id(7), 2, LATER)),
-        }
+        },
+        {"payments": (structs.replace(ORDER.payments[0], request_key=_id(19)), ORDER.payments[1])},
     ],
     "menu_item": [
         {
@@ -155,10 +157,26 @@ ADDED: dict[str, list[dict[str, Any]]] = {
             "image_url": "https://example.com/dosa.jpg",
             "customizations": (CustomizationGroup("chutney", (Option("coconut", 50), Option("mint", 0, False)), 1, 2),),
             "consumes": (Consumption(_id(7), 2),),
+        },
+        {"request_hash": _HASH},
+    ],
+    "table": [{"state": TableState.RESERVED}, {"request_hash": _HASH}],
+    "category": [{"request_hash": _HASH}],
+    "brand": [{"request_hash": _HASH}],
+    "bay": [{"request_hash": _HASH}],
+    "job": [{"request_hash": _HASH}],
+    "customer": [
+        {
+            "request_hash": _HASH,
+            "loyalty_moves": (structs.replace(CUSTOMER.loyalty_moves[0], request_key=_id(19)),),
         }
     ],
-    "table": [{"state": TableState.RESERVED}],
+    "inventory_item": [
+        {"request_hash": _HASH, "moves": (structs.replace(INVENTORY_ITEM.moves[0], request_key=_id(19)),)}
+    ],
 }
+# The revision of the first samples whose changes name an actor.
+FIRST_WITH_ACTOR = {"order": 2, "menu_item": 2, "table": 2}
 # The fields that an update of each entity changes; every other event changes the same fields in all entities.
 UPDATED: dict[str, dict[str, Any]] = {
     "order": {"notes": "birthday, 2 candles", "customer_phone": None},
@@ -211,7 +229,7 @@ def sample(type_: str, revision: int) -> Change:
         entityversion=version,
         basechangeid=_id(9) if before else None,
         traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-        actor=_id(18) if revision == revisions(name) else None,
+        actor=_id(18) if revision >= FIRST_WITH_ACTOR.get(name, 1) else None,
         data=ChangeData(after=Raw(encode(after)), before=Raw(encode(changed_fields(before, after)))),
     )
 

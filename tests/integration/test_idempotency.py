@@ -1,6 +1,7 @@
 """Repeats with the same Idempotency-Key on every route that adds a fact: a payment, a stock move, a loyalty move."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -9,7 +10,9 @@ import httpx
 import pytest
 from msgspec import Struct
 
+from services.orders.resources import RESOURCES
 from shared.security.tokens import Role
+from tests.contract import documents
 from tests.rigs.link import link_to
 from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
@@ -127,6 +130,49 @@ async def test_one_key_of_two_callers_or_of_two_entities_means_two_facts(
 
 
 @EVERY
+async def test_key_decides_beside_an_id_in_the_body(restaurant: RestaurantRig, route: Additive) -> None:
+    """A client that makes a new id for each try must not pay twice."""
+    path, key = await target(restaurant, route), with_key()
+    one, other = {**route.body, "id": str(uuid4())}, {**route.body, "id": str(uuid4())}
+    async with restaurant.client(Role.ADMIN) as admin:
+
+        async def send(body: dict[str, Any], headers: dict[str, str] | None = None) -> httpx.Response:
+            return await admin.post(f"{path}/{route.name}", json=body, headers=headers)
+
+        assert (await send(one, key)).is_success
+        assert (await send(one, key)).headers["idempotency-replayed"] == "true"
+        for body in (other, route.body):
+            refused(await send(body, key), 422, "idempotency_key_reused", "Idempotency-Key")
+        # The id still counts without the key, and with another one.
+        for headers in (None, with_key()):
+            assert (await send(one, headers)).headers["idempotency-replayed"] == "true"
+        assert await total(admin, route, path) == added(route, 1)
+        facts = expect(await admin.get(path))[route.facts]
+        assert [fact["id"] for fact in facts] == [one["id"]]
+        assert "request_key" not in facts[0]
+        # A key that came first without an id is used up for a request with one.
+        second = with_key()
+        assert (await send(route.body, second)).is_success
+        refused(await send(other, second), 422, "idempotency_key_reused", "Idempotency-Key")
+        assert await total(admin, route, path) == added(route, 2)
+
+
+@EVERY
+async def test_repeat_is_known_after_the_entity_was_deleted(restaurant: RestaurantRig, route: Additive) -> None:
+    path, key = await target(restaurant, route), with_key()
+    async with restaurant.client(Role.ADMIN) as admin:
+        assert (await admin.post(f"{path}/{route.name}", json=route.body, headers=key)).is_success
+        expect(await admin.delete(path))
+        again = await admin.post(f"{path}/{route.name}", json=route.body, headers=key)
+        assert again.is_success, again.text
+        assert again.headers["idempotency-replayed"] == "true"
+        other = await admin.post(f"{path}/{route.name}", json={**route.body, **route.other}, headers=key)
+        refused(other, 422, "idempotency_key_reused", "Idempotency-Key")
+        new = await admin.post(f"{path}/{route.name}", json=route.body, headers=with_key())
+        assert new.status_code == 404
+
+
+@EVERY
 async def test_key_must_be_visible_text(restaurant: RestaurantRig, route: Additive) -> None:
     path = await target(restaurant, route)
     async with restaurant.client(Role.ADMIN) as admin:
@@ -134,6 +180,63 @@ async def test_key_must_be_visible_text(restaurant: RestaurantRig, route: Additi
             reply = await admin.post(f"{path}/{route.name}", json=route.body, headers={"Idempotency-Key": wrong})
             refused(reply, 422, "invalid_input", "Idempotency-Key")
         assert await total(admin, route, path) == added(route, 0)
+
+
+@pytest.mark.parametrize("service", list(documents.OPENAPI))
+async def test_route_that_does_not_honour_a_key_refuses_it(
+    system: System, restaurant: RestaurantRig, service: str
+) -> None:
+    """Otherwise the client would believe that a repeat is safe."""
+    refusing = []
+    async with system.client("operator" if service == "sync" else "admin", service=service) as client:
+        for path, item in documents.document(f"{service}.openapi.json")["paths"].items():
+            for method, operation in item.items():
+                names = {one["name"] for one in operation.get("parameters", ()) if one["in"] == "header"}
+                if method == "get" or "Idempotency-Key" in names:
+                    continue
+                refusing.append(path)
+                at = re.sub(r"\{\w+\}", str(uuid4()), path)
+                reply = await client.request(method, at, json={}, headers=with_key())
+                if reply.status_code != 403:
+                    refused(reply, 422, "idempotency_key_not_honoured", "Idempotency-Key")
+    assert ("/api/orders/{order_id}" in refusing) == (service == "orders")
+    assert ("/api/sync/order" in refusing) == (service == "sync")
+
+
+def test_every_route_that_adds_honours_a_key() -> None:
+    paths = documents.document("orders.openapi.json")["paths"]
+    honouring = {
+        path
+        for path, item in paths.items()
+        for one in item.get("post", {}).get("parameters", ())
+        if one["name"] == "Idempotency-Key"
+    }
+    adding = {resource.path for resource in RESOURCES}
+    adding |= {"/api/orders", "/api/users", "/api/orders/{order_id}/payments"}
+    adding |= {"/api/inventory/{inventory_item_id}/moves", "/api/customers/{customer_id}/loyalty"}
+    assert adding <= honouring
+
+
+async def test_user_that_is_added_again_with_its_key_exists_once(restaurant: RestaurantRig) -> None:
+    email, key = f"kim-{uuid4().hex[:8]}@shop.example", with_key()
+    body = {"email": email, "password": "a long passphrase", "role": "staff", "name": "Kim"}
+    async with restaurant.client(Role.ADMIN) as admin:
+
+        async def send(**fields: Any) -> httpx.Response:
+            return await admin.post("/api/users", json={**body, **fields}, headers=key)
+
+        replies = await asyncio.gather(*(send() for _ in range(4)))
+        ids = {made(reply)["id"] for reply in replies}
+        assert len(ids) == 1
+        assert sum("idempotency-replayed" in reply.headers for reply in replies) == 3
+        others = ({"password": "another passphrase"}, {"role": "admin"}, {"email": f"x-{email}"})
+        for change in (None, {"name": "Kim L.", "password": "a new passphrase"}, "deleted"):
+            path = f"/api/users/{ids.copy().pop()}"
+            if change:
+                expect(await (admin.delete(path) if change == "deleted" else admin.put(path, json=change)))
+            assert made(await send())["id"] in ids
+            for other in others:
+                refused(await send(**other), 422, "idempotency_key_reused", "Idempotency-Key")
 
 
 async def test_answer_504_repeated_with_its_key_counts_once_on_every_route(

@@ -156,6 +156,11 @@ async def test_repeated_creation_with_its_key_returns_the_same_entity(
         expect(await admin.put(f"{resource.path}/{made(first)['id']}", json={field: value}))
         assert made(await admin.post(resource.path, json=body, headers=key))[field] == value
         assert (await ids(admin, resource.path)).count(made(first)["id"]) == 1
+        refused(await admin.post(resource.path, json=other, headers=key), 422, "idempotency_key_reused")
+        assert "request_hash" not in made(first)
+        expect(await admin.delete(f"{resource.path}/{made(first)['id']}"))
+        assert made(await admin.post(resource.path, json=body, headers=key))["deleted_at"]
+        refused(await admin.post(resource.path, json=other, headers=key), 422, "idempotency_key_reused")
 
 
 @EVERY

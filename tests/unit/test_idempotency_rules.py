@@ -1,9 +1,11 @@
 """The ids of repeated requests, and the hash that tells whether a request is a repeat."""
 
+from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
 
+from shared.entities.order import Payment
 from shared.errors import Conflict, InvalidInput
 from shared.rail.idempotency import FactId, entity_id, request_hash
 
@@ -29,13 +31,50 @@ def test_id_of_a_fact_is_the_one_in_the_body_or_else_derived_from_its_entity_too
     assert not fresh.repeatable and fresh.id != FactId.of(None, "order", CALLER, ROUTE, None).id
 
 
-def test_other_content_is_the_fault_of_the_id_or_of_the_key() -> None:
+def fact(id_: FactId) -> Payment:
+    return Payment(id=id_.id, amount=1, method="card", created_at=datetime.now(UTC), request_key=id_.request_key)
+
+
+BOTH = FactId.of(GIVEN, "order", CALLER, ROUTE, "1")
+KEY_ALONE = FactId.of(None, "order", CALLER, ROUTE, "1")
+ID_ALONE = FactId.of(GIVEN, "order", CALLER, ROUTE, None)
+OTHER_ID = FactId.of(UUID(int=7), "order", CALLER, ROUTE, "1")
+OTHER_KEY = FactId.of(GIVEN, "order", CALLER, ROUTE, "2")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "outcome"),
+    [
+        (BOTH, BOTH, "repeat"),
+        (BOTH, OTHER_ID, "key"),
+        (BOTH, KEY_ALONE, "key"),
+        (BOTH, ID_ALONE, "repeat"),
+        (BOTH, OTHER_KEY, "repeat"),
+        (KEY_ALONE, KEY_ALONE, "repeat"),
+        (KEY_ALONE, BOTH, "key"),
+        (ID_ALONE, ID_ALONE, "repeat"),
+        (ID_ALONE, BOTH, "repeat"),
+        (ID_ALONE, OTHER_ID, "new"),
+    ],
+)
+def test_key_decides_before_the_id(first: FactId, second: FactId, outcome: str) -> None:
+    earlier = second.earlier([fact(FactId.of(None, "order", CALLER, ROUTE, None)), fact(first)])
+    assert (earlier is None) == (outcome == "new")
+    if earlier is not None and outcome == "key":
+        with pytest.raises(InvalidInput):
+            second.check_repeat(earlier, "payment", same=True)
+    elif earlier is not None:
+        second.check_repeat(earlier, "payment", same=True)
+
+
+def test_other_content_is_the_fault_of_the_key_or_else_of_the_id() -> None:
+    for id_ in (BOTH, KEY_ALONE):
+        with pytest.raises(InvalidInput) as reused:
+            id_.check_repeat(fact(id_), "payment", same=False)
+        assert reused.value.error_code == "idempotency_key_reused"
     with pytest.raises(Conflict) as refused:
-        raise FactId.of(GIVEN, "order", CALLER, ROUTE, "1").reused("payment")
+        ID_ALONE.check_repeat(fact(ID_ALONE), "payment", same=False)
     assert (refused.value.error_code, refused.value.details) == ("payment_id_reused", {"field": "id"})
-    with pytest.raises(InvalidInput) as reused:
-        raise FactId.of(None, "order", CALLER, ROUTE, "1").reused("payment")
-    assert reused.value.error_code == "idempotency_key_reused"
 
 
 def test_hash_covers_what_was_sent_in_any_order_of_its_fields() -> None:

@@ -9,7 +9,7 @@ import msgspec
 from litestar.types import ASGIApp
 from msgspec import Struct
 
-from services.orders.entity_changes import Receipt
+from services.orders.entity_changes import Receipt, check_not_deleted
 from services.orders.idempotency import RequestKey
 from services.orders.requests import MoveLoyalty, MoveStock, SetAvailability
 from services.orders.route_context import RouteContext, context_of, receipt_reply
@@ -131,7 +131,7 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
         found = await context.figures.points(restaurant, before)
         if found is not None:
             points, counted = found
-        elif all(move.id != fact.id for move in before.loyalty_moves):
+        elif fact.earlier(before.loyalty_moves) is None:
             raise Unavailable("redeeming points needs the database, which is unavailable", retry_after=2.0)
 
     def apply(one: Customer, move: LoyaltyMove, at: datetime) -> Customer:
@@ -164,7 +164,7 @@ async def _record_move(
     amount: str,
     apply: Callable[[Any, Any, datetime], Any],
 ) -> Receipt:
-    """Adds a fact to an entity. All concurrent moves count, and a repeat with the same id counts once."""
+    """Adds a fact to an entity. All concurrent moves count, and a repeat counts once."""
     value = getattr(requested, amount)
     if value == 0:
         raise InvalidInput("must not be 0", field=amount)
@@ -173,18 +173,19 @@ async def _record_move(
     if fact.repeatable:
         before = await context.figures.current_state(entity, tenant, id_)
         if len(getattr(before, moves_field)) >= _MAX_MOVES_IN_STATE:
-            old = await context.figures.move(entity.facts[0], type_, tenant, id_, fact.id)
+            old = await context.figures.move(entity.facts[0], type_, tenant, id_, fact)
 
     def change(state: Any, at: datetime) -> tuple[str, Any]:
-        earlier = next((one for one in getattr(state, moves_field) if one.id == fact.id), old)
+        earlier = fact.earlier(getattr(state, moves_field)) or old
         if earlier is None:
-            move = type_(id=fact.id, created_at=at, reason=requested.reason, **{amount: value})
-            return "updated", apply(state, move, at)
-        if (getattr(earlier, amount), earlier.reason) != (value, requested.reason):
-            raise fact.reused("move")
+            check_not_deleted(entity, state)
+            kept = {"reason": requested.reason, "request_key": fact.request_key, amount: value}
+            return "updated", apply(state, type_(id=fact.id, created_at=at, **kept), at)
+        same = (getattr(earlier, amount), earlier.reason) == (value, requested.reason)
+        fact.check_repeat(earlier, "move", same=same)
         return "updated", state
 
-    return await context.changes.change(request.identity, entity, id_, None, change, adds_fact=True)
+    return await context.changes.change(request.identity, entity, id_, None, change, deleted=True, adds_fact=True)
 
 
 class QueuedJob(Struct, frozen=True):

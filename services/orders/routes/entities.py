@@ -55,24 +55,17 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     )
     async def create(request: Call) -> ASGIApp:
         key = RequestKey.of(request, f"POST {resource.path}")
-        fields = requested_fields(read_body(await request.whole_body(), resource.create))
+        body = await request.whole_body()
+        fields = requested_fields(read_body(body, resource.create))
         identity, context = request.identity, context_of(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
         prepared = await resource.prepare(context.figures, restaurant, fields, None)
-        id_ = key.entity_id()
+        id_, sha256 = key.entity_id(), key.hash_of(body)
 
         def made(at: datetime) -> Any:
-            return resource.new(id_, fields, Context(restaurant, at, prepared))
+            return resource.new(id_, {**fields, "request_hash": sha256}, Context(restaurant, at, prepared))
 
-        # A state that has changed since no longer shows the fields of its creation, so it counts as the same.
-        receipt = await context.changes.create(
-            identity,
-            entity,
-            id_,
-            made,
-            keyed=key.key is not None,
-            same=lambda one: one.updated_at > one.created_at or one == made(one.created_at),
-        )
+        receipt = await context.changes.create(identity, entity, id_, made, request_hash=sha256)
         return await _reply(request, receipt, status=201)
 
     @endpoint("GET", resource.path, **common, action=read, summary=f"List {nouns}", query=resource.query, many=True)

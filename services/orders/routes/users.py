@@ -8,6 +8,7 @@ from litestar.types import ASGIApp
 from msgspec import UNSET, Meta, UnsetType
 
 from services.orders.accounts import User
+from services.orders.idempotency import RequestKey
 from services.orders.requests import Request
 from services.orders.route_context import context_of
 from services.orders.routes.auth import Password, address_of
@@ -19,6 +20,7 @@ from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, path_id, read_query
 from shared.http.replies import success
 from shared.http.texts import Email, Label
+from shared.rail.idempotency import key_reused
 
 _TAG = "Users"
 
@@ -63,16 +65,24 @@ class UsersQuery(Request):
     answer=User,
     status=201,
     errors=(409, 504),
+    headers=("Idempotency-Key",),
     example={"email": "kim@trattoria.example", "password": "another long passphrase", "role": "staff", "name": "Kim"},
 )
 async def create_user(request: Call) -> ASGIApp:
-    requested = read_body(await request.whole_body(), CreateUser)
-    context = context_of(request)
-    tenant = await _tenant(request)
+    key, body = RequestKey.of(request, "POST /api/users"), await request.whole_body()
+    requested, context = read_body(body, CreateUser), context_of(request)
+    tenant, id_, sha256 = await _tenant(request), key.entity_id(), key.hash_of(body)
     await context.sign_in.count_user(address_of(request))
     hashed = await context.sign_in.hash(requested.password)
-    user = await context.accounts.add(tenant, requested.email, requested.name or "", requested.role, hashed)
-    return success(user, status=201)
+    kept = None if sha256 is None else await context.sign_in.hash(sha256)
+    user = await context.accounts.add(tenant, id_, requested.email, requested.name or "", requested.role, hashed, kept)
+    if user is not None:
+        return success(user, status=201)
+    first = await context.accounts.request_hash(tenant, id_)
+    if first is None or sha256 is None or not await context.sign_in.fits(first, sha256):
+        raise key_reused()
+    user = await context.accounts.user(tenant, id_, deleted=True)
+    return success(user, status=201, headers={"Idempotency-Replayed": "true"})
 
 
 @endpoint(

@@ -140,6 +140,7 @@ create table payments (
     method text not null,
     reference text,
     created_at timestamptz not null,
+    request_key uuid,
     primary key (restaurant_id, id)
 );
 create index payments_of_order on payments (restaurant_id, order_id);

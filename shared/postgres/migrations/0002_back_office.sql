@@ -119,6 +119,7 @@ create table loyalty_moves (
     points int not null,
     reason text,
     created_at timestamptz not null,
+    request_key uuid,
     primary key (restaurant_id, customer_id, id)
 );
 
@@ -144,6 +145,7 @@ create table stock_moves (
     quantity bigint not null,
     reason text,
     created_at timestamptz not null,
+    request_key uuid,
     primary key (restaurant_id, inventory_item_id, id)
 );
 
@@ -182,6 +184,7 @@ alter table restaurants add email text, add settings jsonb not null default '{}'
 alter table users
     add name text not null default '',
     add password_hash text,
+    add request_hash text,
     add is_active boolean not null default true,
     add updated_at timestamptz not null default now(),
     add deleted_at timestamptz;
@@ -220,6 +223,15 @@ grant select (id, restaurant_id, email, name, role, is_active, created_at, updat
 grant select (name, is_active, updated_at, deleted_at) on users to ticketrail_ops;
 grant insert on restaurants to ticketrail_api;
 grant select, delete on refresh_tokens to ticketrail_writer;
+
+-- A request with an Idempotency-Key that added a user has a password in it, so its hash is as secret as password_hash.
+create function request_of_user(given_id uuid) returns text
+language sql stable security definer set search_path = public, pg_temp as $$
+    select u.request_hash from users u
+    where u.id = given_id and u.restaurant_id = nullif(current_setting('app.tenant', true), '')::uuid
+$$;
+revoke all on function request_of_user from public;
+grant execute on function request_of_user to ticketrail_api;
 
 -- pg_temp comes last in search_path. Otherwise a temporary table of the caller could hide our table.
 create function sign_in_user(given_email text)
