@@ -5,6 +5,7 @@ TicketrailError
 ├── Unauthenticated       401
 ├── Forbidden             403
 ├── NotFound              404
+├── RequestTimeout        408  the body of the request did not arrive in time
 ├── Conflict              409  another change came first, or the current state forbids this one
 ├── UnsupportedMediaType  415  the body has an encoding that is not read
 ├── TooManyRequests       429  a limit was reached; retry after `retry_after` seconds
@@ -53,6 +54,11 @@ class Forbidden(TicketrailError):
 class NotFound(TicketrailError):
     status = 404
     code = "not_found"
+
+
+class RequestTimeout(TicketrailError):
+    status = 408
+    code = "request_timeout"
 
 
 class Conflict(TicketrailError):

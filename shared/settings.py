@@ -166,6 +166,23 @@ class Settings(CommandSettings):
     address_burst_requests: PositiveInt = LIMITS.setting(
         10_000, "The number of requests that a client address may send at once.", unit="requests"
     )
+    client_connections: PositiveInt = LIMITS.setting(
+        10_000, "The maximum number of open connections of a service; further ones wait.", unit="connections"
+    )
+    body_timeout_seconds: PositiveFloat = LIMITS.setting(
+        10.0, "The time in which the body of a request must arrive; a large body has more.", unit="seconds"
+    )
+    body_bytes_per_second: PositiveInt = LIMITS.setting(
+        20_000,
+        "The least rate of a body: it has a second more for each part of this size.",
+        unit="bytes per second",
+    )
+    address_open_bodies: PositiveInt = LIMITS.setting(
+        100,
+        "The number of requests of a client address whose bodies may be unfinished at once; a further one ends the "
+        "oldest.",
+        unit="requests",
+    )
 
     jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
         "HS256", "HS256 signs with the secret, RS256 and EdDSA with the private key."
@@ -383,9 +400,6 @@ class Settings(CommandSettings):
     )
     client_buffer_bytes: PositiveInt = NOTIFIER.setting(
         1 << 20, "The maximum memory for the events that wait for a client.", unit="bytes"
-    )
-    client_connections: PositiveInt = NOTIFIER.setting(
-        10_000, "The maximum number of open connections; further ones wait.", unit="connections"
     )
     push_keepalive_seconds: PositiveFloat = NOTIFIER.setting(
         15.0,

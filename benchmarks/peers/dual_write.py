@@ -91,5 +91,9 @@ if __name__ == "__main__":
     from shared.http.server import serve
 
     serve(
-        "benchmarks.peers.dual_write:create", service="dual-write", host="127.0.0.1", port=int(os.environ["BENCH_PORT"])
+        "benchmarks.peers.dual_write:create",
+        service="dual-write",
+        host="127.0.0.1",
+        port=int(os.environ["BENCH_PORT"]),
+        connections=1_000,
     )

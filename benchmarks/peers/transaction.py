@@ -31,6 +31,7 @@ from shared.http.authorization import authorization
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.error_replies import EXCEPTION_HANDLERS
+from shared.http.open_bodies import OpenBodies
 from shared.http.replies import Reply, success
 from shared.lifecycle import freeze_memory
 from shared.observability.metrics import HttpMetrics, Metrics
@@ -219,7 +220,14 @@ def application(place: Any, *, name: str, resources: Resources | None = None) ->
     return Litestar(
         route_handlers=[place, ready],
         state=state,
-        middleware=[authorization(Tokens(config["secret"], ttl_seconds=3600), tracer, HttpMetrics(Metrics()))],
+        middleware=[
+            authorization(
+                Tokens(config["secret"], ttl_seconds=3600),
+                tracer,
+                HttpMetrics(Metrics()),
+                OpenBodies(Settings.model_construct()),
+            )
+        ],
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[*([resources] if resources else []), lifespan],

@@ -11,4 +11,10 @@ if __name__ == "__main__":
         settings = Settings.load()
         Tokens.of(settings).require_signing()
         require_home(settings, settings.journal_folder)
-    serve("services.orders.app:create", service="orders", host=settings.host, port=settings.orders_port)
+    serve(
+        "services.orders.app:create",
+        service="orders",
+        host=settings.host,
+        port=settings.orders_port,
+        connections=settings.client_connections,
+    )

@@ -16,8 +16,9 @@ if __name__ == "__main__":
         require_home_of_traces(settings)
     match sys.argv[1:]:
         case ["worker"]:
-            serve("services.sync.worker:create", service="sync-worker", host=settings.host, port=settings.worker_port)
+            target, name, port = "services.sync.worker:create", "sync-worker", settings.worker_port
         case ["api"]:
-            serve("services.sync.api:create", service="sync-api", host=settings.host, port=settings.sync_port)
+            target, name, port = "services.sync.api:create", "sync-api", settings.sync_port
         case _:
             sys.exit("usage: python -m services.sync worker|api")
+    serve(target, service=name, host=settings.host, port=port, connections=settings.client_connections)

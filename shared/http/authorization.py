@@ -16,6 +16,7 @@ from shared.http.client_address import TrustedProxies
 from shared.http.endpoint import Operation
 from shared.http.error_replies import METRICS
 from shared.http.limits import Limits
+from shared.http.open_bodies import OPEN_BODIES, OpenBodies
 from shared.http.response_headers import REPLY_HEADERS
 from shared.observability import tracing
 from shared.observability.metrics import HttpMetrics
@@ -24,6 +25,8 @@ from shared.security.permissions import ACTIONS, PUBLIC
 from shared.security.tokens import Tokens
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
+_MAX_PATH_CHARS = 200
+"""The part of a path that a span keeps. A client may send 64 KiB."""
 ACTION = "ticketrail.action"
 """The key of the action in the options of a handler without an Operation."""
 _UNSAFE = frozenset(("POST", "PUT", "PATCH", "DELETE"))
@@ -40,19 +43,28 @@ class Authorization:
     """
 
     def __init__(
-        self, app: ASGIApp, tokens: Tokens, tracer: Tracer, metrics: HttpMetrics, limits: Limits | None, proxies: str
+        self,
+        app: ASGIApp,
+        tokens: Tokens,
+        tracer: Tracer,
+        metrics: HttpMetrics,
+        limits: Limits | None,
+        open_bodies: OpenBodies,
+        proxies: str,
     ) -> None:
         self._app = app
         self._tokens = tokens
         self._tracer = tracer
         self._metrics = metrics
         self._limits = limits
+        self._open_bodies = open_bodies
         self._proxies = TrustedProxies(proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].startswith(OPEN_PATHS):
             return await self._app(scope, receive, send)
         scope[METRICS] = self._metrics  # type: ignore[literal-required]
+        scope[OPEN_BODIES] = self._open_bodies  # type: ignore[literal-required]
         authorization = traceparent = None
         has_body = too_large = keyed = False
         for name, value in scope["headers"]:
@@ -67,7 +79,7 @@ class Authorization:
                 has_body = True
             elif name == b"idempotency-key":
                 keyed = True
-        trace = self._tracer.begin(traceparent)
+        trace = self._tracer.begin()
         reply_headers: list[tuple[bytes, bytes]] = scope.get(REPLY_HEADERS, [])  # type: ignore[assignment]
         reply_headers.append((b"x-trace-id", trace.trace_id.encode()))
         status = 0
@@ -90,6 +102,10 @@ class Authorization:
         try:
             try:
                 await self._admit(scope, authorization, reply_headers)
+                if traceparent and scope["user"] is not None:
+                    self._tracer.continue_from(trace, traceparent)
+                    reply_headers[:] = [pair for pair in reply_headers if pair[0] != b"x-trace-id"]
+                    reply_headers.append((b"x-trace-id", trace.trace_id.encode()))
                 if too_large:
                     raise RequestEntityTooLarge
                 if keyed:
@@ -134,7 +150,7 @@ class Authorization:
             return
         attributes: dict[str, Any] = {
             "http.request.method": method,
-            "url.path": scope["path"],
+            "url.path": scope["path"][:_MAX_PATH_CHARS],
             "url.scheme": str(scope.get("scheme", "http")),
         }
         name = requested if requested in _METHODS else "HTTP"
@@ -160,8 +176,14 @@ def _check_honours_key(scope: Scope) -> None:
 
 
 def authorization(
-    tokens: Tokens, tracer: Tracer, metrics: HttpMetrics, limits: Limits | None = None, *, proxies: str = ""
+    tokens: Tokens,
+    tracer: Tracer,
+    metrics: HttpMetrics,
+    open_bodies: OpenBodies,
+    limits: Limits | None = None,
+    *,
+    proxies: str = "",
 ) -> Callable[[ASGIApp], ASGIApp]:
     """Returns the middleware in the form that Litestar's list of middleware takes. Without `limits` there is no rate
     limit."""
-    return lambda app: Authorization(app, tokens, tracer, metrics, limits, proxies)
+    return lambda app: Authorization(app, tokens, tracer, metrics, limits, open_bodies, proxies)

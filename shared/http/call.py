@@ -11,6 +11,7 @@ from litestar.types import Receive
 from shared.errors import InvalidInput
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.encodings import decoded
+from shared.http.open_bodies import OPEN_BODIES, OpenBodies
 from shared.security.tokens import Identity
 
 _MAX_DISCARDED_BYTES = 16_000_000
@@ -44,22 +45,26 @@ class Call(Request[Identity, Any, Any]):
     async def whole_body(self) -> bytes:
         """Reads the body, which is possible only once, and decodes its Content-Encoding. Raises RequestEntityTooLarge
         if it is larger than MAX_BODY_BYTES, before or after the decoding, InvalidInput if the client disconnects before
-        its end, and the errors of `decoded`."""
+        its end, RequestTimeout if it comes too slowly, and the errors of `decoded`."""
         pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await self.receive()
-            if message["type"] != "http.request":
-                raise InvalidInput("the client disconnected before the end of its request", field="body")
-            pieces.append(message["body"])
-            size += len(message["body"])
-            if size > MAX_BODY_BYTES:
-                if message.get("more_body"):
-                    await discard_body(self.receive)
-                raise RequestEntityTooLarge
-            if not message.get("more_body"):
-                body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-                return decoded(body, self.headers_joined(b"content-encoding"), max_bytes=MAX_BODY_BYTES)
+        size, more = 0, True
+        open_bodies: OpenBodies = self.scope[OPEN_BODIES]  # type: ignore[literal-required]
+        async with open_bodies.body_of(self.scope["client_address"]) as body:  # type: ignore[typeddict-item]
+            while more and size <= MAX_BODY_BYTES:
+                message = await self.receive()
+                if message["type"] != "http.request":
+                    raise InvalidInput("the client disconnected before the end of its request", field="body")
+                pieces.append(message["body"])
+                size += len(message["body"])
+                more = bool(message.get("more_body"))
+                if more:
+                    body.received(len(message["body"]))
+        if size > MAX_BODY_BYTES:
+            if more:
+                await discard_body(self.receive)
+            raise RequestEntityTooLarge
+        whole = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return decoded(whole, self.headers_joined(b"content-encoding"), max_bytes=MAX_BODY_BYTES)
 
 
 async def discard_body(receive: Receive) -> None:

@@ -59,6 +59,9 @@ class Operation(Struct, frozen=True, kw_only=True):
     errors: tuple[int, ...] = ()
     """Error statuses in addition to those that openapi.py lists for every route of this kind."""
     example: Any = None
+    """An example of the body. The reply's example has its values, too."""
+    reply_example: Any = None
+    """An example of `data`, or of one entry of a list, if the example of the body is not enough."""
     headers: tuple[str, ...] = ()
     """Request headers that the route reads, such as Idempotency-Key."""
     media_type: str = "application/json"

@@ -21,9 +21,13 @@ log = structlog.get_logger(__name__)
 METRICS = "ticketrail.metrics"
 """The key in the ASGI scope under which the authorization middleware stores HttpMetrics, so that errors are counted."""
 
-# Headers that RFC 9110 asks for: the scheme by which a client can authenticate (15.5.2), and the encodings of bodies
-# that the service reads (15.5.16).
-_OF_STATUS = {401: {"WWW-Authenticate": "Bearer"}, 415: {"Accept-Encoding": ACCEPTED}}
+# Headers that RFC 9110 asks for: the scheme by which a client can authenticate (15.5.2), the end of a connection whose
+# request never came (15.5.9), and the encodings of bodies that the service reads (15.5.16).
+_OF_STATUS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
+    415: {"Accept-Encoding": ACCEPTED},
+}
 
 
 def _error_reply(
@@ -72,7 +76,7 @@ def _newer_release(request: Request[Any, Any, Any], error: BrokenContract) -> Re
 
 
 def _unexpected_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    log.error("unexpected_error", path=request.url.path, method=request.method, exc_info=error)
+    log.error("unexpected_error", path=request.url.path[:200], method=request.method, exc_info=error)
     _count(request, "internal")
     return _error_reply(500, "something went wrong on our side", "internal")
 

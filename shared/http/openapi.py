@@ -23,6 +23,7 @@ _ERRORS = {
     401: "The token is missing or invalid",
     403: "The role may not do this",
     404: "It does not exist, or belongs to another restaurant",
+    408: "The body did not arrive in time",
     409: "Another change came first, or the current state forbids this one",
     413: f"More than {MAX_BODY_BYTES} bytes",
     415: "The body has another Content-Encoding than gzip",
@@ -38,6 +39,7 @@ _ERROR_EXAMPLES: dict[int, tuple[str, str, dict[str, Any]]] = {
     401: ("token_expired", "the token has expired", {}),
     403: ("forbidden", "the role customer may not do this", {"action": "orders.change"}),
     404: ("not_found", "no such order", {}),
+    408: ("request_timeout", "the body did not arrive in time", {}),
     409: ("version_conflict", "another change came first", {"field": "If-Match", "version": 3}),
     413: ("body_too_large", "Request Entity Too Large", {"field": "body", "max_bytes": MAX_BODY_BYTES}),
     415: (
@@ -53,6 +55,7 @@ _ERROR_EXAMPLES: dict[int, tuple[str, str, dict[str, Any]]] = {
 }
 # Names from RFC 9110. Before version 3.13, Python has older names for these statuses.
 _PHRASES = {413: "ContentTooLarge", 422: "UnprocessableContent"}
+_LATER = "2026-03-14T12:45:00Z"
 _EXAMPLE_TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 _SYNC = {
     "type": "object",
@@ -143,7 +146,7 @@ def document(api: Api) -> dict[str, Any]:
     example_by_entity: dict[Any, Any] = {}
     for _, _, operation in found:
         if operation.status == 201:
-            example_by_entity.setdefault(_entity_of(operation), operation.example)
+            example_by_entity.setdefault(_entity_of(operation), operation.reply_example or operation.example)
     paths: dict[str, dict[str, Any]] = {}
     for method, path, operation in found:
         paths.setdefault(_PARAMETER.sub(r"{\1}", path), {})[method.lower()] = _operation(
@@ -152,7 +155,7 @@ def document(api: Api) -> dict[str, Any]:
             operation,
             schema_of,
             components,
-            operation.example or example_by_entity.get(_entity_of(operation)),
+            _reply_hint(method, path, operation, example_by_entity),
         )
     return {
         "openapi": "3.1.0",
@@ -171,6 +174,22 @@ def document(api: Api) -> dict[str, Any]:
             "securitySchemes": _security_schemes(found),
         },
     }
+
+
+def _reply_hint(method: str, path: str, operation: Operation, example_by_entity: Mapping[Any, Any]) -> Any:
+    """Returns an example that resembles the reply. A change gives the state a later version and time."""
+    entity = example_by_entity.get(_entity_of(operation))
+    hint = operation.reply_example or (operation.example if entity is None else entity)
+    if not isinstance(operation.answer, View) or operation.many or not isinstance(hint, dict):
+        return hint
+    changed = {"version": 2, "updated_at": _LATER}
+    if method == "DELETE":
+        return {**hint, **changed, "deleted_at": _LATER}
+    if path.endswith("/restore"):
+        return {**hint, **changed, "version": 3}
+    if method == "PUT":
+        return {**hint, **{name: value for name, value in operation.example.items() if name in hint}, **changed}
+    return {**hint, **changed} if method == "POST" and operation.status != 201 else hint
 
 
 def _entity_of(operation: Operation) -> Any:
@@ -289,7 +308,7 @@ def _responses(
     if operation.action != PUBLIC:
         statuses |= {401, 403}
     if operation.body is not None:
-        statuses |= {413, 415, 422}
+        statuses |= {408, 413, 415, 422}
     if has_parameters:
         statuses.add(422)
     if isinstance(operation.answer, View) and method != "GET":

@@ -11,8 +11,8 @@ from shared.observability import tracing
 REPLY_HEADERS = "ticketrail.reply_headers"
 """The key in the ASGI scope of a list of (name, value). Inner layers add headers of the response to this list."""
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_CSP = b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-_HEADERS = [
+CSP = b"default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+HEADERS = [
     (b"strict-transport-security", b"max-age=63072000; includeSubDomains"),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -44,9 +44,9 @@ class ResponseHeaders:
         async def sent(message: Any) -> None:
             nonlocal status, trace_id
             if message["type"] == "http.response.start":
-                headers = [*message["headers"], *_HEADERS, *added]
+                headers = [*message["headers"], *HEADERS, *added]
                 if not any(name == b"content-security-policy" for name, _ in message["headers"]):
-                    headers.append((b"content-security-policy", _CSP))
+                    headers.append((b"content-security-policy", CSP))
                 trace_id = next((value for name, value in added if name == b"x-trace-id"), b"")
                 # The authorization middleware does not run for an unknown or open path.
                 if not trace_id:

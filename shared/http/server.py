@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import resource
 import signal
 from typing import Any
 
@@ -9,6 +10,8 @@ from shared.observability.logs import SERVER_LOGGING, configure_logging
 
 _M_MMAP_THRESHOLD = -3  # the number of the parameter in malloc.h of glibc
 _LARGE_BLOCK_BYTES = 128 << 10
+_OTHER_FILES = 500
+"""The files of a process that are no connections of clients: of backends, the journal, traces and the server itself."""
 
 
 def stop_event() -> asyncio.Event:
@@ -29,24 +32,17 @@ def stop_event() -> asyncio.Event:
     return stopping
 
 
-def serve(
-    target: str,
-    *,
-    service: str,
-    host: str,
-    port: int,
-    connections: int | None = None,
-    kill_after_seconds: int = 8,
-) -> None:
+def serve(target: str, *, service: str, host: str, port: int, connections: int, kill_after_seconds: int = 8) -> None:
     """Runs the ASGI factory `target` ("package.module:function") in one worker process until SIGTERM or SIGINT.
 
     `service`: the name of the service in the log.
 
-    `connections`: the maximum number of open connections. Granian's default is 1,024; if all of these are streams, none
-    is left for /health. `kill_after_seconds`: the time from the signal until the worker is killed. Without it, a client
-    that does not read would delay the exit.
+    `connections`: the maximum number of open connections. Granian's default is 1,024; if all of these are streams, or
+    wait for the rest of a request, none is left for other clients. `kill_after_seconds`: the time from the signal until
+    the worker is killed. Without it, a client that does not read would delay the exit.
     """
     _return_large_blocks()
+    _allow_files(connections)
     # Imported here, because tests of an app need no server.
     from granian import Granian
     from granian.constants import HTTPModes, Interfaces, Loops
@@ -67,6 +63,15 @@ def serve(
         log_dictconfig=SERVER_LOGGING,
         workers_kill_timeout=kill_after_seconds,
     ).serve()
+
+
+def _allow_files(connections: int) -> None:
+    """Raises the soft limit of open files, because each connection needs one. Many systems start with 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _return_large_blocks() -> None:

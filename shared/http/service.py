@@ -18,6 +18,7 @@ from shared.http.error_replies import EXCEPTION_HANDLERS
 from shared.http.health import Readiness, health, metrics_route
 from shared.http.limits import Limits
 from shared.http.methods import allowed_methods
+from shared.http.open_bodies import OpenBodies
 from shared.http.openapi import Api
 from shared.http.request_log import RequestLog
 from shared.http.response_headers import ResponseHeaders
@@ -56,13 +57,20 @@ def create_service(
     `state`: the objects that handlers find in `request.app.state`, by name. `limits_mirror`: the mirror through which
     instances share the rate limits. With None, each instance applies the limits alone.
     """
+    open_bodies = OpenBodies(settings)
+    metrics.watch("ticketrail_open_bodies", lambda: len(open_bodies))
     handlers = [*api.handlers, *health(readiness), metrics_route(metrics), *pages(api)]
     app = Litestar(
         route_handlers=[*_options(handlers), *handlers],
         state=State(dict(state)),
         middleware=[
             authorization(
-                tokens, tracer, HttpMetrics(metrics), Limits(limits_mirror, settings), proxies=settings.trusted_proxies
+                tokens,
+                tracer,
+                HttpMetrics(metrics),
+                open_bodies,
+                Limits(limits_mirror, settings),
+                proxies=settings.trusted_proxies,
             )
         ],
         cors_config=cors(settings),

@@ -58,6 +58,7 @@ GAUGES = {
     # the notifier
     "ticketrail_subscribers": "Open push streams",
     "ticketrail_window_changes": "Changes in the window, from which clients can resume",
+    "ticketrail_open_bodies": "Requests whose bodies have not arrived completely",
     "ticketrail_slow_subscribers": "Slow clients that were disconnected since the start",
     "ticketrail_caught_up": "1 if the log is read to its end",
 }

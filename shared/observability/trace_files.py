@@ -52,7 +52,7 @@ class FileExporter(SpanExporter):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.exists() and self._path.stat().st_size + len(lines) > self._max_bytes:
                 self._rotate()
-            with self._path.open("ab+") as file:
+            with open(self._path, "ab+", opener=_private) as file:
                 file.write(b"\n" + lines if _cut_short(file) else lines)
         except OSError as error:
             if not self._failed:
@@ -80,6 +80,11 @@ class FileExporter(SpanExporter):
 
     def _older(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
+
+
+def _private(path: str, flags: int) -> int:
+    """Creates a file that only its owner may read: spans name restaurants, orders and routes."""
+    return os.open(path, flags, mode=0o600)
 
 
 def _cut_short(file: IO[bytes]) -> bool:

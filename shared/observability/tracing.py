@@ -176,17 +176,19 @@ class Tracer:
         """False if `trace_sample` is 0, which switches tracing off completely."""
         return self._ratio > 0
 
-    def begin(self, traceparent: str | None) -> Trace:
-        """Continues the caller's trace or begins a new one, and makes it the current trace of this task."""
-        found = _TRACEPARENT.match(traceparent) if traceparent else None
-        if found:
-            sampled = self.on and (found[3][1] in "13579bdf" or self._chosen(found[1]))
-            trace = Trace(found[1], found[2], sampled=sampled, kept=self.on)
-        else:
-            trace_id = _new_trace_id()
-            trace = Trace(trace_id, None, sampled=self.on and self._chosen(trace_id), kept=self.on)
+    def begin(self) -> Trace:
+        """Begins a trace and makes it the current trace of this task."""
+        trace_id = _new_trace_id()
+        trace = Trace(trace_id, None, sampled=self.on and self._chosen(trace_id), kept=self.on)
         _current.set(trace)
         return trace
+
+    def continue_from(self, trace: Trace, traceparent: str) -> None:
+        """Makes a trace that has begun the continuation of the caller's trace, unless `traceparent` is not valid. Call
+        it only for a caller who has proved who it is: the caller decides whether the trace is sampled."""
+        if found := _TRACEPARENT.match(traceparent):
+            trace.trace_id, trace.parent = found[1], found[2]
+            trace.sampled = self.on and (found[3][1] in "13579bdf" or self._chosen(found[1]))
 
     def end(
         self,

@@ -129,7 +129,9 @@ def create(path: Path) -> None:
 def fill(
     path: Path, *, generation: int, entries: Iterable[tuple[str, bytes]] = (), damaged: Iterable[Damaged] = ()
 ) -> None:
-    """Creates the file, which is durable when this returns. Reads `damaged` after `entries` is exhausted."""
+    """Creates the file, which is durable when this returns. Only its owner may read it, because it has names and phone
+    numbers of guests; SQLite gives its other files the same mode. Reads `damaged` after `entries` is exhausted."""
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         # SQLite's own journal stays in memory, because a crash would leave its file behind. No reader opens this file
         # before it is complete.

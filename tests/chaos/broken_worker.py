@@ -42,4 +42,10 @@ def create() -> ResponseHeaders:
 
 if __name__ == "__main__":
     settings = Settings.load()
-    serve("tests.chaos.broken_worker:create", service="sync-worker", host=settings.host, port=settings.worker_port)
+    serve(
+        "tests.chaos.broken_worker:create",
+        service="sync-worker",
+        host=settings.host,
+        port=settings.worker_port,
+        connections=1_000,
+    )

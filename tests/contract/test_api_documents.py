@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from faststream.specification.asyncapi.v3_0_0.schema import ApplicationSchema
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
 
+from services.orders.pricing import tax
 from services.sync.cli import main as cli_main
 from services.sync.failures import retry_ladder
 from shared.entities.contract import Lane
@@ -30,6 +31,7 @@ from shared.http.openapi import operations
 from shared.messaging import asyncapi, topology
 from shared.security.permissions import PUBLIC
 from shared.settings import Settings
+from shared.version import VERSION
 from tests.contract import documents
 from tests.contract.freeze import SAMPLES, path_of, revisions
 from tests.rigs.system import ROOT
@@ -135,6 +137,8 @@ def test_every_operation_has_a_unique_name_and_a_summary() -> None:
     for route, operation in found:
         assert operation["summary"].strip(), route
         assert operation["tags"], route
+        described = operation.get("description", "").rpartition("For: ")[0] or operation.get("description", "")
+        assert described.strip() and not described.startswith("For: "), f"{route} has no description"
         for parameter in operation.get("parameters", ()):
             assert parameter["in"] != "path" or "example" in parameter, route
 
@@ -153,6 +157,55 @@ def test_every_body_and_response_has_an_example_that_fits_its_schema(service: st
             assert content["examples"], route
             for example in content["examples"].values():
                 assert _errors(document, content["schema"], example["value"]) == [], route
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_the_document_has_the_version_of_the_product(service: str) -> None:
+    assert FROZEN[f"{service}.openapi.json"]["info"]["version"] == ASYNCAPI["info"]["version"] == VERSION
+
+
+def _schemas(part: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(part, dict):
+        if isinstance(part.get("required"), list):
+            yield part
+        part = list(part.values())
+    if isinstance(part, list):
+        for inner in part:
+            yield from _schemas(inner)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_field_with_a_default_is_required(service: str) -> None:
+    for schema in _schemas(FROZEN[f"{service}.openapi.json"]):
+        for name in schema["required"]:
+            assert "default" not in schema.get("properties", {}).get(name, {}), name
+
+
+def test_examples_of_orders_are_consistent() -> None:
+    paths = FROZEN["orders.openapi.json"]["paths"]
+
+    def shown(path: str, method: str, status: str) -> dict[str, Any]:
+        content = paths[path][method]["responses"][status]["content"]["application/json"]
+        found: Any = content["examples"]["example"]["value"]["data"]
+        return dict(found[0] if isinstance(found, list) else found)
+
+    one = "/api/orders/{order_id}"
+    placed, read = shown("/api/orders", "post", "201"), shown(one, "get", "200")
+    updated, deleted = shown(one, "put", "200"), shown(one, "delete", "200")
+    paid = shown(f"{one}/payments", "post", "201")
+    for order in (placed, read, updated, deleted, paid, shown("/api/orders", "get", "200")):
+        items = order["items"]
+        assert order["subtotal"] == sum(item["line_total"] for item in items)
+        assert all(item["line_total"] == item["quantity"] * item["unit_price"] for item in items)
+        assert order["tax_amount"] == tax(order["subtotal"], order["tax_basis_points"])
+        assert order["total"] == order["subtotal"] + order["tax_amount"] + order["tip_amount"]
+    assert [placed["status"], updated["status"]] == ["pending", "received"]
+    assert [placed["version"], updated["version"], deleted["version"]] == [1, 2, 2]
+    assert placed["deleted_at"] is None and deleted["deleted_at"]
+    assert paid["payments"] == [paid["payment"]] and paid["payment_status"] == "partially_paid"
+    request = paths["/api/orders"]["post"]["requestBody"]["content"]["application/json"]["examples"]["example"]["value"]
+    assert placed["notes"] == request["notes"]
+    assert placed["items"][0]["menu_item_id"] == request["items"][0]["menu_item_id"]
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -175,7 +228,7 @@ def test_every_error_of_a_route_is_documented(service: str) -> None:
         if declared[method, path].action != PUBLIC:
             expected |= {401, 403}
         if "requestBody" in operation:
-            expected |= {413, 415, 422}
+            expected |= {408, 413, 415, 422}
         if operation.get("parameters"):
             expected |= {422}
         if "{" in path:

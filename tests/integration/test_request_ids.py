@@ -91,3 +91,19 @@ async def test_error_names_the_trace_of_its_reply(system: System) -> None:
         # Requests on one connection get different traces too.
         ids = {(await client.get("/no/such/path")).headers["x-trace-id"] for _ in range(3)}
         assert len(ids) == 3
+
+
+async def test_trace_of_a_stranger_is_not_continued(system: System) -> None:
+    """The caller decides whether a trace is kept, so a stranger could fill the disk with spans."""
+    trace_id = secrets.token_hex(16)
+    traceparent = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    for service, path in (("orders", "/api/orders"), ("sync", "/api/ops/queues"), ("notifier", "/api/v1/sync/events")):
+        for authorization in ("", "Bearer garbage"):
+            async with system.client(service=service) as client:
+                reply = await client.get(path, headers={**traceparent, "Authorization": authorization})
+            assert reply.status_code == 401
+            assert reply.headers["x-trace-id"] != trace_id
+    async with system.client() as client:
+        body = {"email": "nobody@shop.example", "password": "wrong password"}
+        reply = await client.post("/api/auth/login", json=body, headers=traceparent)
+        assert reply.headers["x-trace-id"] != trace_id

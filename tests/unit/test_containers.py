@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from services.sync.api import API
+from shared.http import response_headers
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.messaging.topology import PERMISSIONS
 from shared.security.weak_secrets import weakness
@@ -180,11 +181,25 @@ def test_the_gateway_never_repeats_a_change_and_reports_failures_in_every_locati
     for name, body in locations.items():
         if "error_page 418" in body:  # error pages of a location replace those of the server
             assert "error_page 413 @too_large" in body, name
+            assert "error_page 429 @too_many" in body, name
             assert "error_page 502 504 = @failed" in body, name
             assert "if ($repeatable = 0)" in body
         if name.endswith("_change"):
             assert "proxy_next_upstream off;" in body, name
     assert "non_idempotent" not in GATEWAY
+
+
+def test_the_gateway_limits_each_address_and_adds_the_security_headers_to_its_own_answers() -> None:
+    for rule in ("limit_conn connections", "limit_req zone=requests", "limit_conn_status 429", "limit_req_status 429"):
+        assert f"    {rule}" in GATEWAY
+    for name, value in [*response_headers.HEADERS, (b"content-security-policy", response_headers.CSP)]:
+        header = re.search(rf"add_header {name.decode()} \$(\w+) always;", GATEWAY, re.IGNORECASE)
+        assert header, name
+        rule_of = re.search(rf"map \$own \${header[1]} \{{ default \"\"; 1 (.+); \}}", GATEWAY)
+        assert rule_of, name
+        assert rule_of[1].strip('"') == value.decode()
+    # In nginx an add_header in a location drops all inherited ones.
+    assert not [name for name, body in _locations() if "add_header" in body]
 
 
 def test_every_route_of_the_sync_api_is_proxied_to_it() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from services.sync.imports.sources import ImportRow, count, json_value, rows, source_of
+from services.sync.imports.sources import ImportRow, count, json_value, named_source, rows, source_of
 from shared.errors import InvalidInput
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT
 
@@ -240,3 +240,31 @@ def test_whole_numbers_of_a_query_become_integers_whatever_their_type() -> None:
         "NaN is not kept as text: JSON makes it null, and the field counts as missing"
     )
     assert json_value(float("inf")) == "inf"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://me:secret@host/db",
+        "postgresql://host/db?user=me&password=secret",
+        "postgres://host/db?sslpassword=x",
+    ],
+)
+def test_password_on_the_command_line_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        named_source(url)
+    assert "@FILE or env:NAME" in refused.value.message
+    assert "secret" not in refused.value.message
+    file = tmp_path / "url"
+    file.write_text(f"{url}\n")
+    monkeypatch.setenv("SHOP_URL", url)
+    assert named_source(f"@{file}") == named_source("env:SHOP_URL") == url
+
+
+def test_source_that_an_argument_names_must_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHOP_URL", raising=False)
+    for argument in (f"@{tmp_path}/none", f"@{tmp_path}", "env:SHOP_URL", "env:"):
+        with pytest.raises(InvalidInput):
+            named_source(argument)
+    assert named_source("orders.jsonl") == "orders.jsonl"
+    assert named_source("postgres://host/db?passfile=x") == "postgres://host/db?passfile=x"

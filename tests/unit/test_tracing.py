@@ -62,11 +62,18 @@ def old(trace: Trace, seconds: float) -> Trace:
 # -- sampling ----------------------------------------------------------------------------------------------------
 
 
+def continued(tracer: Tracer, traceparent: str) -> Trace:
+    """Returns the trace of a caller who has proved who it is."""
+    trace = tracer.begin()
+    tracer.continue_from(trace, traceparent)
+    return trace
+
+
 def test_the_sampled_share_of_traces_matches_the_setting(make: MakeTracer) -> None:
     tracer = make(trace_sample=0.25)
-    sampled = sum(tracer.begin(f"00-{id_}-{SPAN}-00").sampled for id_ in ids(4_000))
+    sampled = sum(continued(tracer, f"00-{id_}-{SPAN}-00").sampled for id_ in ids(4_000))
     assert 900 < sampled < 1_100
-    assert 0 < sum(tracer.begin(None).sampled for _ in range(400)) < 400
+    assert 0 < sum(tracer.begin().sampled for _ in range(400)) < 400
 
 
 def test_every_process_samples_the_same_traces_as_opentelemetry(make: MakeTracer) -> None:
@@ -74,16 +81,16 @@ def test_every_process_samples_the_same_traces_as_opentelemetry(make: MakeTracer
     standard = TraceIdRatioBased(0.5)
     for id_ in ids(200):
         context = f"00-{id_}-{SPAN}-00"
-        chosen = orders.begin(context).sampled
-        assert chosen == worker.begin(context).sampled
+        chosen = continued(orders, context).sampled
+        assert chosen == continued(worker, context).sampled
         assert chosen == standard.should_sample(None, int(id_, 16), "any").decision.is_sampled()
-        assert chosen or not tenth.begin(context).sampled
+        assert chosen or not continued(tenth, context).sampled
 
 
 @pytest.mark.parametrize("flags", ["01", "03", "ff"])
 def test_a_trace_that_the_caller_samples_is_kept(make: MakeTracer, tmp_path: Path, flags: str) -> None:
     tracer = make(trace_sample=MIN_SHARE)
-    trace = tracer.begin(f"00-{TRACE}-{SPAN}-{flags}")
+    trace = continued(tracer, f"00-{TRACE}-{SPAN}-{flags}")
     assert trace.traceparent == f"00-{TRACE}-{trace.span_id}-01"
     tracer.end(trace, "GET /x", kind=SpanKind.SERVER)
     (row,) = kept(tracer, tmp_path)
@@ -93,7 +100,7 @@ def test_a_trace_that_the_caller_samples_is_kept(make: MakeTracer, tmp_path: Pat
 
 def test_tracing_that_is_off_keeps_nothing_and_still_passes_the_trace_id_on(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make(trace_sample=0)
-    trace = old(tracer.begin(SAMPLED), 3600)
+    trace = old(continued(tracer, SAMPLED), 3600)
     with tracing.span("part"):
         pass
     tracer.end(trace, "GET /x", error="500")
@@ -106,7 +113,7 @@ def test_tracing_that_is_off_keeps_nothing_and_still_passes_the_trace_id_on(make
 
 def test_a_trace_that_is_not_sampled_failed_or_slow_is_dropped(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make(trace_sample=MIN_SHARE)
-    trace = tracer.begin(UNSAMPLED)
+    trace = continued(tracer, UNSAMPLED)
     with tracing.span("part"):
         pass
     tracer.end(trace, "GET /x")
@@ -116,7 +123,7 @@ def test_a_trace_that_is_not_sampled_failed_or_slow_is_dropped(make: MakeTracer,
 
 def test_a_failed_trace_is_kept_with_all_its_spans_although_it_is_not_sampled(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make(trace_sample=MIN_SHARE)
-    trace = tracer.begin(UNSAMPLED)
+    trace = continued(tracer, UNSAMPLED)
     with pytest.raises(OSError, match="gone"), tracing.span("claim", kind=SpanKind.CLIENT):
         raise OSError("gone")
     tracer.end(trace, "PUT /x", error="503")
@@ -135,8 +142,8 @@ def test_an_error_without_a_type_gets_the_type_other(make: MakeTracer, tmp_path:
 
 def test_a_slow_trace_is_kept_although_it_is_not_sampled(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make(trace_sample=MIN_SHARE, trace_slow_ms=500)
-    tracer.end(old(tracer.begin(UNSAMPLED), 0.4), "quick")
-    tracer.end(old(tracer.begin(UNSAMPLED), 0.6), "slow")
+    tracer.end(old(continued(tracer, UNSAMPLED), 0.4), "quick")
+    tracer.end(old(continued(tracer, UNSAMPLED), 0.6), "slow")
     assert not tracer.will_export(UNSAMPLED, slow_ns=400_000_000)
     assert tracer.will_export(UNSAMPLED, slow_ns=600_000_000)
     assert [row.name for row in kept(tracer, tmp_path)] == ["slow"]
@@ -173,7 +180,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize("context", UNREADABLE)
 def test_an_invalid_context_begins_a_new_trace(make: MakeTracer, context: str) -> None:
-    trace = make(trace_sample=MIN_SHARE).begin(context)
+    trace = continued(make(trace_sample=MIN_SHARE), context)
     assert (trace.parent, trace.sampled) == (None, False)
     assert trace.trace_id != TRACE
     assert tracing.trace_id_of(trace.traceparent) == trace.trace_id
@@ -191,7 +198,7 @@ def test_no_span_has_an_invalid_context_as_its_parent(make: MakeTracer, tmp_path
 
 def test_every_trace_without_a_context_has_its_own_ids(make: MakeTracer) -> None:
     tracer = make()
-    begun = [tracer.begin(None) for _ in range(100)]
+    begun = [tracer.begin() for _ in range(100)]
     assert len({trace.trace_id for trace in begun}) == len({trace.span_id for trace in begun}) == 100
     assert all(trace.traceparent[36:52] == trace.span_id for trace in begun)
 
@@ -209,7 +216,7 @@ def test_notes_become_spans_below_the_trace_or_below_the_parent_that_they_name(
     make: MakeTracer, tmp_path: Path
 ) -> None:
     tracer = make()
-    trace = tracer.begin(SAMPLED)
+    trace = continued(tracer, SAMPLED)
     own, record = tracing.new_span_id(), tracing.new_span_id()
     trace.note("record", 10, 40, span_id=record)
     trace.note("send", 20, 30, kind=SpanKind.PRODUCER, attributes={"n": 2}, span_id=own, parent=record)
@@ -246,7 +253,7 @@ def test_a_span_without_a_trace_does_nothing_and_raises_its_exception() -> None:
 
 def test_a_closed_tracer_makes_no_spans_and_can_be_closed_twice(make: MakeTracer, tmp_path: Path) -> None:
     tracer = make()
-    trace = tracer.begin(SAMPLED)
+    trace = continued(tracer, SAMPLED)
     tracer.close()
     tracer.end(trace, "late")
     assert tracer.add(SAMPLED, "late", 1, 2) is None

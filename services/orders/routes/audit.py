@@ -50,6 +50,8 @@ class AuditedChange(Struct, frozen=True):
     action="audit.read",
     tag="Audit",
     summary="List who changed what, newest first",
+    description="Each entry is one recorded change with the old and the new values of the fields that it changed."
+    " The list comes from PostgreSQL and is late by the sync lag.",
     query=AuditQuery,
     answer=AuditedChange,
     many=True,

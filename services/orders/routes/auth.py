@@ -97,6 +97,8 @@ class LoggedOut(Struct, frozen=True):
     action=PUBLIC,
     tag=_TAG,
     summary="Register a restaurant and its first admin",
+    description="The reply has the session of the admin. `slug` is the name of the restaurant in URLs, and must be"
+    " free.",
     body=RegisterRestaurant,
     answer=Registered,
     status=201,
@@ -174,6 +176,8 @@ async def refresh(request: Call) -> ASGIApp:
     action=PUBLIC,
     tag=_TAG,
     summary="End a session",
+    description="The refresh token and all of its successors are no longer valid. An unknown token gets the same"
+    " reply.",
     body=Refresh,
     answer=LoggedOut,
     example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},
@@ -184,7 +188,15 @@ async def logout(request: Call) -> ASGIApp:
     return success(LoggedOut())
 
 
-@endpoint("GET", "/api/auth/me", action="me.read", tag=_TAG, summary="Show the user of this token", answer=Me)
+@endpoint(
+    "GET",
+    "/api/auth/me",
+    action="me.read",
+    tag=_TAG,
+    summary="Show the user of this token",
+    description="Also shows the restaurant, without its email for a guest.",
+    answer=Me,
+)
 async def me(request: Call) -> ASGIApp:
     identity, context = request.identity, context_of(request)
     restaurant = (await context.menus.book(identity.restaurant_id)).restaurant if identity.restaurant_id else None
@@ -200,6 +212,7 @@ async def me(request: Call) -> ASGIApp:
     action=PUBLIC,
     tag=_TAG,
     summary="Get a token for a guest who scanned the code of a table",
+    description="The token lets the guest read the menu, and place and follow orders of its own session.",
     body=OpenTableSession,
     answer=TableSession,
     status=201,

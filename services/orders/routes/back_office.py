@@ -42,6 +42,8 @@ class Availability(Struct, frozen=True):
     action="menu.availability",
     tag="Menu",
     summary="Set the availability of many dishes",
+    description="Changes each dish on its own, and reports an outcome for each. An unknown dish refuses the whole"
+    " request.",
     body=SetAvailability,
     answer=list[Availability],
     errors=(404, 409, 504),
@@ -80,6 +82,8 @@ async def _set_one(context: RouteContext, identity: Identity, id_: str, availabl
     action="inventory.change",
     tag="Inventory",
     summary="Record a delivery or a loss",
+    description="A loss is a negative quantity, and cannot exceed the stock. A repeat with the same `id` or the"
+    " same `Idempotency-Key` counts once.",
     body=MoveStock,
     answer=View(inventory_item.ENTITY, {"available": int | None, "held": int | None, "low": bool | None}),
     errors=(404,),
@@ -113,6 +117,8 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
     action="customers.change",
     tag="Customers",
     summary="Add or redeem loyalty points",
+    description="Negative points are redeemed, and cannot exceed what the customer has. A repeat with the same `id`"
+    " or the same `Idempotency-Key` counts once.",
     body=MoveLoyalty,
     answer=View(customer.ENTITY, {"loyalty_points": int | None, "total_spent": int | None, "visits": int | None}),
     errors=(404,),
@@ -199,6 +205,7 @@ class QueuedJob(Struct, frozen=True):
     action="work.read",
     tag="Bays and jobs",
     summary="List the queue of a bay, next job first",
+    description="Jobs that are under way, done or cancelled are not in the queue.",
     answer=list[QueuedJob],
     errors=(404,),
 )

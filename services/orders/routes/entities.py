@@ -47,6 +47,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         **common,
         action=change,
         summary=f"Add {a_noun}",
+        description=f"A repeat with the same `Idempotency-Key` returns the {noun} that the first request has added.",
         body=resource.create,
         status=201,
         errors=(404,),
@@ -68,7 +69,17 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         receipt = await context.changes.create(identity, entity, id_, made, request_hash=sha256)
         return await _reply(request, receipt, status=201)
 
-    @endpoint("GET", resource.path, **common, action=read, summary=f"List {nouns}", query=resource.query, many=True)
+    @endpoint(
+        "GET",
+        resource.path,
+        **common,
+        action=read,
+        summary=f"List {nouns}",
+        description="The newest ones come first. `next_cursor` of a page leads to the next one. While PostgreSQL is"
+        " unavailable, the list has only what the mirror has, and `complete` is false.",
+        query=resource.query,
+        many=True,
+    )
     async def list_all(request: Call) -> ASGIApp:
         identity, context = request.identity, context_of(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
@@ -85,6 +96,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         **common,
         action=read,
         summary=f"Read {a_noun}",
+        description=f"A {noun} that was deleted is not found.",
         errors=(404,),
         headers=("If-None-Match",),
         not_modified=True,
@@ -99,7 +111,15 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         known = not resource.derived_types and is_known(request, found.head.version)
         return found_reply(found, known=known, **await _derived_fields(context, resource, identity, state))
 
-    @endpoint("PUT", one, **of_one, summary=f"Change {a_noun}", body=resource.update, example=resource.example)
+    @endpoint(
+        "PUT",
+        one,
+        **of_one,
+        summary=f"Change {a_noun}",
+        description="Absent fields keep their values. A change without effect makes no new version.",
+        body=resource.update,
+        example=resource.example,
+    )
     async def update(request: Call) -> ASGIApp:
         fields = requested_fields(read_body(await request.whole_body(), resource.update))
         identity, context = request.identity, context_of(request)
@@ -116,12 +136,24 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         )
         return await _reply(request, receipt)
 
-    @endpoint("DELETE", one, **of_one, summary=f"Delete {a_noun}; it can be restored")
+    @endpoint(
+        "DELETE",
+        one,
+        **of_one,
+        summary=f"Delete {a_noun}; it can be restored",
+        description="Lists leave it out, unless an admin asks for deleted ones too.",
+    )
     async def delete(request: Call) -> ASGIApp:
         id_, versions = _id(request, resource), required_versions(request)
         return await _reply(request, await context_of(request).changes.delete(request.identity, entity, id_, versions))
 
-    @endpoint("POST", f"{one}/restore", **of_one, summary=f"Restore {a_noun} that was deleted")
+    @endpoint(
+        "POST",
+        f"{one}/restore",
+        **of_one,
+        summary=f"Restore {a_noun} that was deleted",
+        description=f"Answers 409 if the {noun} is not deleted.",
+    )
     async def restore(request: Call) -> ASGIApp:
         id_, versions = _id(request, resource), required_versions(request)
         return await _reply(request, await context_of(request).changes.restore(request.identity, entity, id_, versions))

@@ -7,6 +7,7 @@ from litestar.types import ASGIApp
 
 from services.orders.idempotency import RequestKey
 from services.orders.lists import list_reply, selection
+from services.orders.order_example import ORDER, REQUEST
 from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.route_context import context_of, found_reply, receipt_reply
 from services.orders.views import sync_of
@@ -21,7 +22,6 @@ from shared.security.tokens import Role
 _TAG = "Orders"
 _ENTITY = orders.ENTITY
 _VIEW = View(_ENTITY)
-_ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
 
 
 @endpoint(
@@ -36,14 +36,8 @@ _ID = "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"
     status=201,
     errors=(404,),
     headers=("Idempotency-Key",),
-    example={
-        "items": [
-            {"menu_item_id": _ID, "quantity": 2, "customizations": [{"name": "size", "option": "large"}]},
-        ],
-        "table_id": "2a6d1f0e-4c11-5c0a-9b1d-7f0c3b526f1e",
-        "tip_amount": 200,
-        "notes": "birthday",
-    },
+    example=REQUEST,
+    reply_example=ORDER,
 )
 async def place_order(request: Call) -> ASGIApp:
     key, body = RequestKey.of(request, "POST /api/orders"), await request.whole_body()
@@ -64,6 +58,8 @@ async def place_order(request: Call) -> ASGIApp:
     action="orders.read",
     tag=_TAG,
     summary="List orders, newest first",
+    description="A customer sees the orders of its own session. `status` may be repeated. `next_cursor` of a page"
+    " leads to the next one.",
     query=OrdersQuery,
     answer=_VIEW,
     many=True,
@@ -84,6 +80,8 @@ async def list_orders(request: Call) -> ASGIApp:
     action="orders.read",
     tag=_TAG,
     summary="Read an order",
+    description="A deleted order is not found. With `If-None-Match`, the answer is 304 while the client has the"
+    " current version.",
     answer=_VIEW,
     errors=(404,),
     headers=("If-None-Match",),
@@ -125,6 +123,7 @@ async def update_order(request: Call, order_id: str) -> ASGIApp:
     action="orders.change",
     tag=_TAG,
     summary="Delete an order; it can be restored",
+    description="Lists and reads leave it out, and its stock is free again. A completed order cannot be deleted.",
     answer=_VIEW,
     errors=(404,),
     headers=("If-Match",),
@@ -140,6 +139,7 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
     action="orders.change",
     tag=_TAG,
     summary="Restore a deleted order",
+    description="Takes its stock again; the answer is 409 `out_of_stock` if that has been sold.",
     answer=_VIEW,
     errors=(404,),
     headers=("If-Match",),

@@ -6,6 +6,7 @@ from litestar.types import ASGIApp
 from msgspec import Struct
 
 from services.orders.idempotency import RequestKey
+from services.orders.order_example import PAID, PAYMENT
 from services.orders.requests import DaysQuery, PaymentsQuery, RecordPayment
 from services.orders.route_context import RouteContext, context_of, receipt_reply
 from shared.entities import order as orders
@@ -69,7 +70,8 @@ class Summary(Struct, frozen=True):
     status=201,
     errors=(404,),
     headers=("Idempotency-Key",),
-    example={"id": "0b9df4a0-93b2-4c55-9a5e-5f1a6c1d9a11", "amount": 1500, "method": "card", "reference": "auth 77"},
+    example={name: PAYMENT[name] for name in ("id", "amount", "method", "reference")},
+    reply_example=PAID,
 )
 async def record_payment(request: Call, order_id: str) -> ASGIApp:
     key = RequestKey.of(request, "POST /api/orders/{order_id}/payments")
@@ -86,6 +88,8 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
     action="payments.read",
     tag="Payments",
     summary="List payments, newest first",
+    description="Refunds have negative amounts. While PostgreSQL is unavailable, the list has only payments of"
+    " recent orders, and `complete` is false.",
     query=PaymentsQuery,
     answer=ListedPayment,
     many=True,

@@ -61,6 +61,7 @@ class UsersQuery(Request):
     action="users.manage",
     tag=_TAG,
     summary="Add a user",
+    description="The email must be free in all restaurants. The new user signs in with it and the password.",
     body=CreateUser,
     answer=User,
     status=201,
@@ -91,6 +92,7 @@ async def create_user(request: Call) -> ASGIApp:
     action="users.manage",
     tag=_TAG,
     summary="List users, newest first",
+    description="Deleted users are left out unless `include_deleted` is true.",
     query=UsersQuery,
     answer=User,
     many=True,
@@ -119,6 +121,7 @@ def _cursor_position(user: User) -> tuple[datetime, str]:
     action="users.manage",
     tag=_TAG,
     summary="Read a user",
+    description="A deleted user is not found. The reply never has a password.",
     answer=User,
     errors=(404,),
 )
@@ -132,6 +135,8 @@ async def get_user(request: Call, user_id: str) -> ASGIApp:
     action="users.manage",
     tag=_TAG,
     summary="Change a user",
+    description="Absent fields keep their values. A new role or password, or `is_active` false, ends all sessions"
+    " of the user. The last admin cannot be removed.",
     body=UpdateUser,
     answer=User,
     errors=(404, 409, 504),
@@ -155,6 +160,7 @@ async def update_user(request: Call, user_id: str) -> ASGIApp:
     action="users.manage",
     tag=_TAG,
     summary="Delete a user; it can be restored",
+    description="Ends all sessions of the user, whose email becomes free. The last admin cannot be deleted.",
     answer=User,
     errors=(404, 409, 504),
 )
@@ -169,6 +175,7 @@ async def delete_user(request: Call, user_id: str) -> ASGIApp:
     action="users.manage",
     tag=_TAG,
     summary="Restore a user",
+    description="Answers 409 if the user is not deleted, or if another one has its email by now.",
     answer=User,
     errors=(404, 409, 504),
 )

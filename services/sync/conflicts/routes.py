@@ -22,6 +22,8 @@ _TAG = "Conflicts"
     action="conflicts.read",
     tag=_TAG,
     summary="List conflicts, newest first",
+    description="A conflict is a fork of an entity that could not be merged. `open` chooses between open and"
+    " decided ones.",
     query=ConflictsQuery,
     answer=Fork,
     many=True,
@@ -48,6 +50,7 @@ async def list_conflicts(request: Call) -> ASGIApp:
     action="conflicts.read",
     tag=_TAG,
     summary="Show both sides of a conflict and how they differ",
+    description="Shows the two changes with the same base, and the fields in which they differ.",
     answer=ShownFork,
     errors=(404,),
 )

@@ -52,6 +52,8 @@ class Planned(Struct, frozen=True):
     action="dead_letters.read",
     tag=_TAG,
     summary="List dead letters, newest failure first",
+    description="A dead letter is a change that could not be written. `status` may be repeated. An admin sees those"
+    " of its own restaurant.",
     query=DeadLettersQuery,
     answer=DeadLetter,
     many=True,
@@ -87,6 +89,7 @@ async def list_groups(request: Call) -> ASGIApp:
     action="dead_letters.read",
     tag=_TAG,
     summary="Show everything that is known about a dead letter",
+    description="Shows the reason, the attempts, the headers, the event and the history of repairs.",
     answer=DeadLetterView,
     errors=(404,),
 )
@@ -102,6 +105,7 @@ async def get_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
     action="dead_letters.read",
     tag=_TAG,
     summary="Return the exact body of a dead letter",
+    description="Returns the bytes as the broker had them, also if they are no JSON.",
     media_type="application/octet-stream",
     errors=(404,),
 )
@@ -183,6 +187,7 @@ async def _planned(request: Call, body: ReplayRequest | DiscardRequest, kind: st
     action="dead_letters.repair",
     tag=_TAG,
     summary="List replays, dry runs, discards and restores, newest first",
+    description="A job is one action on many dead letters.",
     query=ReplayJobsQuery,
     answer=ReplayJob,
     many=True,
@@ -202,6 +207,7 @@ async def list_jobs(request: Call) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="Show the progress of a job",
+    description="Counts the dead letters of the job by outcome.",
     answer=ReplayJob,
     errors=(404,),
 )
@@ -220,6 +226,7 @@ async def get_job(request: Call, replay_id: str) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="List the outcome of each dead letter of a job",
+    description="`after` is the position of the last item of the previous page.",
     query=ReplayItemsQuery,
     answer=list[ReplayItem],
     errors=(404,),
@@ -240,6 +247,7 @@ async def get_job_items(request: Call, replay_id: str) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="Cancel a job; dead letters that are already sent continue",
+    description="Answers with the job. A job that has ended stays as it is.",
     answer=ReplayJob,
     errors=(404, 409),
 )
@@ -335,6 +343,7 @@ async def discard_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
     action="dead_letters.repair",
     tag=_TAG,
     summary="Open a discarded dead letter again",
+    description="Answers 409 if it is not discarded, or if somebody has changed it since `revision`.",
     body=RestoreDeadLetter,
     answer=DeadLetter,
     errors=(404, 409),

@@ -11,7 +11,7 @@ from services.sync.command_session import CommandSession, run
 from services.sync.id_argument import RESTAURANT
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.importer import Importer, ImportReport, RefusedRow
-from services.sync.imports.sources import count, source_of
+from services.sync.imports.sources import count, named_source, source_of
 from shared.entities.contract import encode
 from shared.settings import Settings
 
@@ -30,11 +30,14 @@ _MAX_LISTED = 50
 def import_command(
     source: str, restaurant: str | None, query: str | None, refused: Any, again: bool, as_json: bool
 ) -> None:
-    """Import existing orders from FILE.jsonl, FILE.csv or postgres://…
+    """Import existing orders from FILE.jsonl, FILE.csv, or a PostgreSQL database.
+
+    Every user of a machine can read the arguments of a command. So put the URL postgres://… with its password into a
+    file or a variable of the environment, and name that: @FILE or env:NAME.
 
     The import uses the background lane, so that it does not delay new orders. An interrupted import continues where it
     stopped. The exit code is 1 if rows were refused."""
-    report, refusals = run(_import(Settings.load(), source, restaurant, query, again, as_json))
+    report, refusals = run(_import(Settings.load(), named_source(source), restaurant, query, again, as_json))
     if refused is not None:
         refused.writelines(encode(row) + b"\n" for row in refusals)
     if as_json:

@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Struct
 
 from services.sync.imports.external_orders import ExternalOrder
-from shared.errors import InvalidInput
+from shared.errors import InvalidInput, described
 from shared.http.bodies import MAX_BODY_BYTES, read_body
 from shared.postgres.pool import UNAVAILABLE
 
@@ -47,6 +47,9 @@ class ImportRow(Struct, frozen=True):
     @property
     def digest(self) -> bytes:
         return hashlib.sha256(msgspec.json.encode(self)).digest()
+
+
+_SCHEMES = ("postgres://", "postgresql://")
 
 
 class _Order(ExternalOrder, kw_only=True):
@@ -81,9 +84,36 @@ def _without_password(url: str) -> str:
     return urlunsplit(("postgres", parts.netloc.rpartition("@")[2], parts.path, urlencode(sorted(options)), ""))
 
 
+def named_source(argument: str) -> str:
+    """Returns the source that an argument of a command names: itself, the content of a file (`@FILE`), or a variable of
+    the environment (`env:NAME`). Raises InvalidInput, also for a URL with a password, which the list of processes
+    would show."""
+    if argument.startswith("@"):
+        try:
+            return Path(argument[1:]).read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput(f"not readable: {argument[1:]}: {described(error)}", field="source") from error
+    if argument.startswith("env:"):
+        if not (found := os.environ.get(argument[4:], "").strip()):
+            raise InvalidInput(f"the environment has no variable {argument[4:]}", field="source")
+        return found
+    if argument.startswith(_SCHEMES) and _has_password(argument):
+        raise InvalidInput(
+            "the list of processes would show the password: put the URL into a file or a variable of the environment,"
+            " and name it as @FILE or env:NAME",
+            field="source",
+        )
+    return argument
+
+
+def _has_password(url: str) -> bool:
+    parts = urlsplit(url)
+    return bool(parts.password) or any("pass" in key and key != "passfile" for key, _ in parse_qsl(parts.query))
+
+
 def source_of(name: str, query: str | None) -> ImportSource:
     """Returns the source with this file name or URL. Raises InvalidInput."""
-    if name.startswith(("postgres://", "postgresql://")):
+    if name.startswith(_SCHEMES):
         return ImportSource(name, "postgres", query or _QUERY)
     suffix = Path(name).suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".csv"):

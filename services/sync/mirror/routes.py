@@ -52,6 +52,8 @@ async def terminal_sync_status(request: Call) -> ASGIApp:
     action="sync.read",
     tag="Sync",
     summary="Count the pending, synced, failed and conflicting entities, with warnings",
+    description="Pending entities are accepted and not yet in PostgreSQL. Failed ones are pending, and their last"
+    " attempt failed.",
     query=SyncStatusQuery,
     answer=SyncStatus,
 )
