@@ -1,6 +1,7 @@
 #!/bin/sh
 # sh deploy/secrets.sh [FILE]: adds a strong value to FILE (default: .env) for each secret that deploy/compose.env.example
 # names and FILE does not set. It keeps values that are set, because the databases keep the passwords of their first start.
+# It also creates the key pair that signs tokens, in the folder .secrets beside FILE, and keeps one that is there. Needs openssl.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd -P)
@@ -19,4 +20,16 @@ for name in $(sed -n 's/^\(TICKETRAIL_[A-Z_]*\)=$/\1/p' "$here/compose.env.examp
     echo "$name=$(secret)" >>"$file"
     created=$((created + 1))
 done
+
+keys=$(dirname "$file")/.secrets
+mkdir -p "$keys"
+chmod 700 "$keys"
+if [ ! -s "$keys/jwt_private_key.pem" ]; then
+    openssl genpkey -algorithm ed25519 -out "$keys/jwt_private_key.new"
+    openssl pkey -in "$keys/jwt_private_key.new" -pubout -out "$keys/jwt_public_key.pem"
+    # The user of the containers reads the files, and only this user can enter the folder.
+    chmod 644 "$keys/jwt_private_key.new" "$keys/jwt_public_key.pem"
+    mv "$keys/jwt_private_key.new" "$keys/jwt_private_key.pem"
+    created=$((created + 1))
+fi
 echo "$created secrets created in $file"

@@ -2,27 +2,23 @@
 
 Nothing reads the environment at import time. A process calls `Settings.load()` once, in its entry point, and passes
 the result down. Durations end in `_seconds`, `_ms` or `_days`, sizes in `_bytes`. `make settings` writes `.env.example`
-and `docs/settings.md` from this file.
+and `docs/settings.md` from this file and shared/backend_settings.py.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from pydantic_settings import SettingsConfigDict
 
-from shared.command_settings import CommandSettings
-from shared.security.weak_secrets import passwords_in, weakness
+from shared.backend_settings import BackendSettings
+from shared.security.production import default_keys_in_reach, refusals
 from shared.setting_fields import (
-    BACKENDS,
     CLIENTS,
     COMMIT,
     LIMITS,
     LISTENING,
     NOTIFIER,
-    PREFIX,
-    PROCESS,
     RETRY_PRESETS,
     SERVERS,
     SIGN_IN,
@@ -30,108 +26,34 @@ from shared.setting_fields import (
     TRACES,
     WORKER,
     Address,
-    BrokerUrls,
-    DatabaseUrl,
-    Directory,
     HttpUrl,
     Networks,
     NonEmpty,
     Origins,
     Port,
     PortBase,
-    RedisUrls,
     Secret,
     Steps,
     variable,
 )
 from shared.settings_loading import load
 
-_USE_RANDOM = "use a random text, such as the output of `openssl rand -hex 32`"
-_URLS_WITH_PASSWORDS = (
-    "rabbitmq_url",
-    "rabbitmq_management_url",
-    "rabbitmq_watcher_url",
-    "redis_url",
-    "database_url",
-    "database_writer_url",
-    "database_api_url",
-    "database_ops_url",
-)
-
 
 def _default_trace_sample(validated: Mapping[str, Any]) -> float:
     return 1.0 if validated.get("environment") == "development" else 0.1
 
 
-class Settings(CommandSettings):
-    # `extra`: one `.env` also contains settings of `make run` and docker-compose.yml. `load` refuses unknown names.
-    # `load` also reads the files of /run/secrets (shared/settings_loading.py).
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True, allow_inf_nan=False
-    )
+def _default_algorithm(validated: Mapping[str, Any]) -> str:
+    return "EdDSA" if validated.get("jwt_private_key") or validated.get("jwt_public_key") else "HS256"
 
-    environment: Literal["development", "production"] = PROCESS.setting(
-        "development", "`production` refuses weak secrets and keeps fewer traces."
-    )
-    home: Directory = PROCESS.setting(
-        Path(".local"),
-        "The directory of journals, traces and all data of `make run`; a relative path starts at the working "
-        "directory, where `.env` is too.",
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = PROCESS.setting(
-        "info", "Log lines below this level are dropped."
-    )
-    request_log_level: Literal["info", "warning", "error", "off"] = PROCESS.setting(
-        "info",
-        "The lowest level of request lines in the log: `info` logs every request, `warning` those with a status from "
-        "400 on, `error` those from 500 on.",
-    )
-    instance: PositiveInt | Literal["auto"] = PROCESS.setting(
-        1,
-        "The number of this instance within its service, which names its journal and its series of order numbers; "
-        "`auto` leases the lowest free number in this home, for replicas that share it.",
-    )
 
-    rabbitmq_url: BrokerUrls = BACKENDS.setting(
-        "amqp://ticketrail:ticketrail@127.0.0.1:17672/",
-        "The URL of RabbitMQ, or of each node of one cluster; the first node that answers is used.",
-        secret=True,
-    )
-    rabbitmq_management_url: HttpUrl = BACKENDS.setting(
-        "http://ticketrail:ticketrail@127.0.0.1:17673",
-        "The URL of RabbitMQ's management API, through which `ticketrail migrate` creates the read-only user.",
-        secret=True,
-    )
-    rabbitmq_watcher_url: HttpUrl = BACKENDS.setting(
-        "http://ticketrail_watcher:ticketrail@127.0.0.1:17673",
-        "The URL of RabbitMQ's management API, with a user that can only look at queues.",
-        secret=True,
-    )
-    redis_url: RedisUrls = BACKENDS.setting(
-        "redis://127.0.0.1:17379/0",
-        "The URL of the mirror, or of a primary and its replicas; the current primary is used.",
-        secret=True,
-    )
-    database_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_owner:ticketrail@127.0.0.1:17432/ticketrail",
-        "The URL of PostgreSQL with the owner of the schema, for `ticketrail migrate`.",
-        secret=True,
-    )
-    database_writer_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_writer:ticketrail@127.0.0.1:17432/ticketrail",
-        "The URL of PostgreSQL with the role of the sync worker.",
-        secret=True,
-    )
-    database_api_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_api:ticketrail@127.0.0.1:17432/ticketrail",
-        "The URL of PostgreSQL with the role that answers clients, which sees one restaurant at a time.",
-        secret=True,
-    )
-    database_ops_url: DatabaseUrl = BACKENDS.setting(
-        "postgresql://ticketrail_ops:ticketrail@127.0.0.1:17432/ticketrail",
-        "The URL of PostgreSQL with the role of operators, who see every restaurant.",
-        secret=True,
-    )
+def _default_registration(validated: Mapping[str, Any]) -> str:
+    return "open" if validated.get("environment") == "development" else "closed"
+
+
+class Settings(BackendSettings):
+    makes_own_secrets: ClassVar[bool] = False
+    """True for settings whose reader creates a secret that is not set."""
 
     redis_timeout_seconds: PositiveFloat = CLIENTS.setting(
         0.5, "A command of the mirror fails after this time.", unit="seconds"
@@ -167,7 +89,9 @@ class Settings(CommandSettings):
         10_000, "The number of requests that a client address may send at once.", unit="requests"
     )
     client_connections: PositiveInt = LIMITS.setting(
-        10_000, "The maximum number of open connections of a service; further ones wait.", unit="connections"
+        10_000,
+        "The maximum number of open connections of a service; further ones wait. A stream above 90 % of them gets 503.",
+        unit="connections",
     )
     body_timeout_seconds: PositiveFloat = LIMITS.setting(
         10.0, "The time in which the body of a request must arrive; a large body has more.", unit="seconds"
@@ -184,9 +108,6 @@ class Settings(CommandSettings):
         unit="requests",
     )
 
-    jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
-        "HS256", "HS256 signs with the secret, RS256 and EdDSA with the private key."
-    )
     jwt_secret: Secret = SIGN_IN.setting(
         "development-only-secret-change-me-please",
         "The secret of HS256.",
@@ -210,8 +131,15 @@ class Settings(CommandSettings):
         allowed="empty, a secret, a key as PEM, or the path of a file with a key",
         secret=True,
     )
+    jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
+        sentence="HS256 signs with the secret, RS256 and EdDSA with the private key.",
+        default_factory=_default_algorithm,
+        default_text="EdDSA if a private or public key is set, otherwise HS256",
+    )
+    jwt_issuer: NonEmpty = SIGN_IN.setting("ticketrail", "The claim `iss` that tokens carry and must carry.")
+    jwt_audience: NonEmpty = SIGN_IN.setting("ticketrail", "The claim `aud` that tokens carry and must carry.")
     cli_token_ttl_seconds: PositiveInt = SIGN_IN.setting(
-        7 * 24 * 3600, "The lifetime of a token that `ticketrail token` prints.", unit="seconds"
+        24 * 3600, "The lifetime of a token that `ticketrail token` prints.", unit="seconds", le=24 * 3600
     )
     access_token_ttl_seconds: PositiveInt = SIGN_IN.setting(
         1_800, "The lifetime of the access token that a sign-in returns.", unit="seconds"
@@ -220,16 +148,50 @@ class Settings(CommandSettings):
         30 * 24 * 3600, "The lifetime of the refresh token that a sign-in returns.", unit="seconds"
     )
     guest_token_ttl_seconds: PositiveInt = SIGN_IN.setting(4 * 3600, "The lifetime of a guest's token.", unit="seconds")
-    sign_in_attempts_per_account: PositiveInt = SIGN_IN.setting(
-        10, "The maximum number of sign-in attempts for an account within five minutes.", unit="attempts"
+    failure_window_seconds: PositiveFloat = SIGN_IN.setting(
+        300.0, "The window of the following limits: one that is used up is whole again after this time.", unit="seconds"
     )
-    sign_in_attempts_per_address: PositiveInt = SIGN_IN.setting(
-        60, "The maximum number of sign-in attempts from a client address within five minutes.", unit="attempts"
+    sign_in_failures_per_account_and_address: PositiveInt = SIGN_IN.setting(
+        10,
+        "The maximum number of failed sign-ins for an account from one client address within the window.",
+        unit="failures",
     )
-    sync_token: NonEmpty = SIGN_IN.setting(
-        "development-only-sync-token",
-        "The token that another system sends to the sync API in the header x-sync-token.",
-        secret=True,
+    sign_in_failures_per_account: PositiveInt = SIGN_IN.setting(
+        100,
+        "The maximum number of failed sign-ins for an account within the window, from addresses that it has not "
+        "signed in from before.",
+        unit="failures",
+    )
+    sign_in_failures_per_address: PositiveInt = SIGN_IN.setting(
+        1_000,
+        "The maximum number of failed sign-ins from a client address within the window, for accounts that have not "
+        "signed in from it before.",
+        unit="failures",
+    )
+    registration: Literal["open", "invitation", "closed"] = SIGN_IN.setting(
+        sentence="Who may register a restaurant: everybody, those with a code of `ticketrail restaurant invite`, or "
+        "nobody but `ticketrail restaurant add`.",
+        default_factory=_default_registration,
+        default_text="open in development, closed in production",
+    )
+    account_changes_per_address: PositiveInt = SIGN_IN.setting(
+        60,
+        "The maximum number of registrations, new users and changed emails or passwords from a client address within "
+        "the window.",
+        unit="changes",
+    )
+    table_sessions_per_table_and_address: PositiveInt = SIGN_IN.setting(
+        100,
+        "The maximum number of sessions of guests at one table from a client address within the window.",
+        unit="sessions",
+    )
+    api_key_failures_per_prefix_and_address: PositiveInt = SIGN_IN.setting(
+        10,
+        "The maximum number of wrong API keys with one prefix from a client address within the window.",
+        unit="failures",
+    )
+    api_key_failures_per_address: PositiveInt = SIGN_IN.setting(
+        60, "The maximum number of wrong API keys from a client address within the window.", unit="failures"
     )
 
     publish_timeout_seconds: PositiveFloat = COMMIT.setting(
@@ -401,6 +363,15 @@ class Settings(CommandSettings):
     client_buffer_bytes: PositiveInt = NOTIFIER.setting(
         1 << 20, "The maximum memory for the events that wait for a client.", unit="bytes"
     )
+    streams_per_user: PositiveInt = NOTIFIER.setting(
+        50, "The maximum number of event streams that a user may have open at an instance.", unit="streams"
+    )
+    streams_per_guest_session: PositiveInt = NOTIFIER.setting(
+        4, "The maximum number of event streams that a guest session may have open at an instance.", unit="streams"
+    )
+    streams_per_restaurant: PositiveInt = NOTIFIER.setting(
+        500, "The maximum number of event streams that a restaurant may have open at an instance.", unit="streams"
+    )
     push_keepalive_seconds: PositiveFloat = NOTIFIER.setting(
         15.0,
         "The interval at which an idle event stream sends a comment, so that proxies keep it open.",
@@ -422,16 +393,12 @@ class Settings(CommandSettings):
         return load(cls)
 
     @model_validator(mode="after")
-    def _no_weak_secrets(self) -> Self:
-        """Refuses weak secrets in production. An empty URL has no secret, because the service does not use it."""
-        if self.environment == "production":
-            for name in ("jwt_secret", "sync_token") if self.jwt_algorithm == "HS256" else ("sync_token",):
-                if wrong := weakness(getattr(self, name)):
-                    raise ValueError(f"{variable(name)} {wrong}; {_USE_RANDOM}")
-            for name in _URLS_WITH_PASSWORDS:
-                for password in passwords_in(url) if (url := getattr(self, name)) else ():
-                    if wrong := weakness(password):
-                        raise ValueError(f"the password in {variable(name)} {wrong}; {_USE_RANDOM}")
+    def _refuse_what_is_unsafe(self) -> Self:
+        """Raises ValueError with the first reason."""
+        if wrong := next(default_keys_in_reach(self), None):
+            raise ValueError(wrong)
+        if self.environment == "production" and (wrong := next(refusals(self), None)):
+            raise ValueError(wrong)
         return self
 
     def numbered(self, instance: int) -> Self:

@@ -42,6 +42,8 @@ class LocalSettings(Settings):
     program could otherwise hold one of them when `make run` starts.
     """
 
+    makes_own_secrets = True
+
     postgres_port: Port = SERVERS.setting(17432, "The port of PostgreSQL.")
     rabbitmq_port: Port = SERVERS.setting(17672, "The port of RabbitMQ.")
     rabbitmq_management_port: Port = SERVERS.setting(17673, "The port of RabbitMQ's management API.")
@@ -107,7 +109,6 @@ def service_environment(settings: LocalSettings, home: Path, inherited: Mapping[
         "TICKETRAIL_DATABASE_API_URL": database("api"),
         "TICKETRAIL_DATABASE_OPS_URL": database("ops"),
         "TICKETRAIL_JWT_SECRET": _secret(home / "secret", settings, "jwt_secret"),
-        "TICKETRAIL_SYNC_TOKEN": _secret(home / "sync_token", settings, "sync_token"),
     }
 
 

@@ -1,5 +1,6 @@
 """`python -m services.notifier`"""
 
+from services.notifier.app import require_database
 from shared.home import require_home_of_traces
 from shared.http.server import serve
 from shared.security.tokens import Tokens
@@ -10,6 +11,7 @@ if __name__ == "__main__":
     with exit_on_bad_settings():
         settings = Settings.load()
         Tokens.of(settings)
+        require_database(settings)
         require_home_of_traces(settings)
     serve(
         "services.notifier.app:create",

@@ -15,8 +15,11 @@ from msgspec import Struct
 
 from services.notifier.follower import LogFollower
 from services.notifier.hub import Hub
+from services.notifier.streams import Caps, OpenStreams
 from services.notifier.transports import API
 from services.notifier.window import Window
+from shared.http.api_keys import ApiKeys
+from shared.http.origins import AllowedOrigins
 from shared.http.response_headers import ResponseHeaders
 from shared.http.server import stop_event
 from shared.http.service import create_service, settings_of_service
@@ -24,9 +27,13 @@ from shared.lifecycle import freeze_memory
 from shared.messaging import declare
 from shared.observability.metrics import Metrics, PushMetrics
 from shared.observability.tracing import Tracer
+from shared.postgres.pool import Postgres
 from shared.rail.instance import number_of_traces
+from shared.security.revoked import RevocationPoller
 from shared.security.tokens import Tokens
+from shared.setting_fields import variable
 from shared.settings import Settings
+from shared.settings_loading import SettingsError
 
 log = structlog.get_logger(__name__)
 
@@ -35,8 +42,21 @@ class NotifierParts(Struct, frozen=True):
     settings: Settings
     hub: Hub
     follower: LogFollower
+    tokens: Tokens
+    streams: OpenStreams
+    revocations: RevocationPoller
+    postgres: Postgres
+    """Finds API keys."""
     tracer: Tracer
     metrics: Metrics
+
+
+def require_database(settings: Settings) -> None:
+    """Raises SettingsError without a URL of PostgreSQL, from which the notifier learns whose sessions have ended."""
+    if not settings.database_api_url:
+        raise SettingsError(
+            f"{variable('database_api_url')} is empty: the notifier reads there whose sessions have ended"
+        )
 
 
 def assemble(settings: Settings) -> NotifierParts:
@@ -48,7 +68,13 @@ def assemble(settings: Settings) -> NotifierParts:
     hub = Hub(window, buffer_events=settings.client_buffer_events, buffer_bytes=settings.client_buffer_bytes)
     tracer = Tracer("notifier", settings)
     metrics = Metrics()
-    parts = NotifierParts(settings, hub, LogFollower(settings, hub, tracer, PushMetrics(metrics)), tracer, metrics)
+    tokens = Tokens.of(settings)
+    streams = OpenStreams(hub, tokens, Caps.of(settings))
+    revocations = RevocationPoller(Postgres(settings.database_api_url, settings, size=1), tokens.revoked, tokens.clock)
+    revocations.listeners.append(streams.end_revoked)
+    follower = LogFollower(settings, hub, tracer, PushMetrics(metrics))
+    postgres = Postgres(settings.database_api_url, settings, size=2)
+    parts = NotifierParts(settings, hub, follower, tokens, streams, revocations, postgres, tracer, metrics)
     metrics.watch("ticketrail_subscribers", lambda: len(hub))
     metrics.watch("ticketrail_window_changes", lambda: len(hub.window))
     metrics.watch(
@@ -66,12 +92,15 @@ def assemble(settings: Settings) -> NotifierParts:
 async def start(parts: NotifierParts) -> None:
     """Starts to follow the log. Raises TopologyError if the broker answers but has no log."""
     await declare.check_log_at_start(parts.settings)
+    await parts.revocations.start()
     parts.follower.start()
 
 
 async def stop(parts: NotifierParts) -> None:
     parts.hub.close()
     await parts.follower.stop()
+    await parts.revocations.stop()
+    await parts.postgres.close()
     parts.tracer.close()
 
 
@@ -107,10 +136,16 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
     return create_service(
         settings,
         API,
-        state={"hub": parts.hub, "follower": parts.follower},
+        state={
+            "hub": parts.hub,
+            "follower": parts.follower,
+            "streams": parts.streams,
+            "origins": AllowedOrigins(settings.cors_origins),
+        },
         readiness=lambda: readiness(parts),
         lifespan=lifespan,
-        tokens=Tokens.of(settings),
+        tokens=parts.tokens,
+        api_keys=ApiKeys(parts.postgres, None, settings),
         tracer=parts.tracer,
         metrics=parts.metrics,
         limits_mirror=None,  # the notifier reads the log and needs no mirror

@@ -28,6 +28,7 @@ from services.notifier.events import PushEvent
 from services.notifier.interest import Interest
 from services.notifier.resume import missed_events
 from services.notifier.window import Window
+from shared.backoff import jittered
 from shared.messaging.position import LogPosition
 
 log = structlog.get_logger(__name__)
@@ -35,6 +36,9 @@ log = structlog.get_logger(__name__)
 # A client that the hub disconnects has this much time to read its last bytes.
 _LAST_READ_TIMEOUT_SECONDS = 2.0
 _MAX_RESUME_STEP_EVENTS = 256
+# Clients whose stream ended connect again after this time, jittered, so that they do not come all at once.
+_RESTART_SECONDS = 2.0
+_SLOW_SECONDS = 2.0
 
 
 class Form(Struct, frozen=True):
@@ -44,6 +48,9 @@ class Form(Struct, frozen=True):
     """Encodes (event, whether the subscriber follows one order)."""
     resync: Callable[[str, Cursor], bytes]
     keep_alive: Callable[[Cursor], bytes]
+    closing: Callable[[str, float], bytes]
+    """Encodes (reason, seconds after which the client may connect again). It carries no cursor, because a stream may
+    end before the client has everything up to the present."""
 
 
 class Subscriber:
@@ -174,6 +181,7 @@ class Hub:
         """Subscribes from `cursor`, or from now without one. The transport must call `resume` until it returns None."""
         subscriber = Subscriber(Audience(interest, form), cursor)
         if self._closed:
+            subscriber.put(form.closing("restart", jittered(_RESTART_SECONDS)), 1)
             subscriber.end()
         else:
             self._subscribers.add(subscriber)
@@ -275,7 +283,7 @@ class Hub:
         subscriber.clear()
         subscriber.put(subscriber.audience.form.resync("slow", self.window.present), 1)
         log.info("slow_subscriber", restaurant_id=subscriber.audience.interest.tenant)
-        self._end(subscriber)
+        self.end(subscriber, "slow", retry_after=jittered(_SLOW_SECONDS))
 
     def begin(self, first: LogPosition) -> None:
         """Starts the window, or starts it again on a log that has none of its messages. The log is read from `first`
@@ -303,9 +311,15 @@ class Hub:
         """Ends every stream. Later subscriptions end at once. May be called twice."""
         self._closed = True
         for subscriber in list(self._subscribers):
-            self._end(subscriber)
+            self.end(subscriber, "restart", retry_after=jittered(_RESTART_SECONDS))
 
-    def _end(self, subscriber: Subscriber) -> None:
+    def end(self, subscriber: Subscriber, reason: str, *, retry_after: float = 0.0, discard: bool = False) -> None:
+        """Ends a stream; its last event is `closing`. `discard`: the client gets nothing more that waits for it."""
+        if subscriber.ended:
+            return
+        if discard:
+            subscriber.clear()
+        subscriber.put(subscriber.audience.form.closing(reason, retry_after), 1)
         self.unsubscribe(subscriber)
         if subscriber.task is not None:
             # A client that never reads again would delay the shutdown, so its writing task is cancelled.

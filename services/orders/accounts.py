@@ -8,27 +8,26 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
+import structlog
 from msgspec import Struct
 
-from shared.entities.contract import encode
-from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
+from shared.errors import Conflict, Forbidden, NotFound, OutcomeUnknown, Unavailable
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
-from shared.restaurants import Restaurant, find_restaurant, find_restaurant_by_slug
+from shared.restaurants import Restaurant, find_restaurant, find_restaurant_by_slug, insert_restaurant
 from shared.security.emails import plain_email
 
+log = structlog.get_logger(__name__)
+
 _FIELDS = "id::text, restaurant_id::text, email, name, role, is_active, created_at, updated_at, deleted_at"
-_INSERT_RESTAURANT = (
-    "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points, email, settings)"
-    " values ($1, $2, $3, $4, $5, $6, $7, $8, $9::text::jsonb)"
-)
 _INSERT_USER = (
     "insert into users (id, restaurant_id, email, name, role, password_hash, request_hash)"  # noqa: S608  (constants)
     " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing returning " + _FIELDS
 )
-_BEGIN_SESSION = "select begin_session($1, $2, $3, $4)"
+_BEGIN_SESSION = "select family, epoch from begin_session($1, $2, $3, $4)"
+_SET_ACTOR = "select set_config('app.actor', $1, true)"  # whom the audit of identity names (0008_identity.sql)
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
 
 
@@ -44,11 +43,20 @@ class User(Struct, frozen=True, kw_only=True):
     deleted_at: datetime | None = None
 
 
+class Session(Struct, frozen=True):
+    """What access tokens of a session carry."""
+
+    family: str
+    """The id that all refresh tokens of the session share."""
+    epoch: int
+    """The epoch of the user. Ending all sessions of the user raises it."""
+
+
 class Rotated(Struct, frozen=True):
     outcome: str
-    """`rotated`, `reused` or `invalid`."""
-    user: User | None
-    """The user of the session; None if the token was not rotated."""
+    """`rotated`, `repeated`, `reused` or `invalid`."""
+    found: tuple[User, Session] | None
+    """The user and the session; None if the token is refused."""
 
 
 class Accounts:
@@ -88,61 +96,114 @@ class Accounts:
             row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])
 
+    async def note_failed_sign_in(self, email: str) -> None:
+        async with self._without_tenant() as connection:
+            await connection.execute("select note_failed_sign_in($1)", plain_email(email))
+
     async def find_restaurant_by_slug(self, slug: str) -> Restaurant | None:
         async with self._without_tenant() as connection:
             return await find_restaurant_by_slug(connection, slug)
 
-    async def begin_session(self, token_sha256: bytes, user: str, matched_hash: str, ttl_seconds: int) -> bool:
-        """Begins a session. Returns False if the user is inactive or if `matched_hash` is no longer the user's hash."""
-        async with self._without_tenant() as connection:
-            begun: bool = await connection.fetchval(
-                _BEGIN_SESSION, token_sha256, user, matched_hash, timedelta(seconds=ttl_seconds)
-            )
-        return begun
-
-    async def rotate_session(self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int) -> Rotated:
+    async def begin_session(
+        self, token_sha256: bytes, user: str, matched_hash: str, ttl_seconds: int
+    ) -> Session | None:
+        """Begins a session. Returns None if the user is inactive or if `matched_hash` is no longer the user's hash."""
         async with self._without_tenant() as connection:
             row = await connection.fetchrow(
-                "select * from rotate_session($1, $2, $3)", old_sha256, new_sha256, timedelta(seconds=ttl_seconds)
+                _BEGIN_SESSION, token_sha256, user, matched_hash, timedelta(seconds=ttl_seconds)
+            )
+        return None if row is None else _session(row)
+
+    async def rotate_session(
+        self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int, access_ttl_seconds: int
+    ) -> Rotated:
+        async with self._without_tenant() as connection:
+            row = await connection.fetchrow(
+                "select * from rotate_session($1, $2, $3, $4)",
+                old_sha256,
+                new_sha256,
+                timedelta(seconds=ttl_seconds),
+                timedelta(seconds=access_ttl_seconds),
             )
             assert row is not None
-        return Rotated(row["outcome"], _user(row) if row["outcome"] == "rotated" else None)
+        return Rotated(row["outcome"], None if row["id"] is None else (_user(row), _session(row)))
 
-    async def end_session(self, token_sha256: bytes) -> None:
+    async def end_session(self, token_sha256: bytes, access_ttl_seconds: int) -> None:
         async with self._without_tenant() as connection:
-            await connection.execute("select end_session($1)", token_sha256)
+            await connection.execute("select end_session($1, $2)", token_sha256, timedelta(seconds=access_ttl_seconds))
+
+    # -- passwords ---------------------------------------------------------------------------------------------
+
+    async def email_and_password_of(self, user_id: str) -> tuple[str, str] | None:
+        """Returns (email, password hash) of an active user, or None, also for a subject that is not a user."""
+        try:
+            UUID(user_id)
+        except ValueError:
+            return None
+        async with self._without_tenant() as connection:
+            row = await connection.fetchrow("select * from password_of($1)", user_id)
+        return None if row is None or row["password_hash"] is None else (row["email"], row["password_hash"])
+
+    async def change_password(self, user_id: str, known_hash: str, new_hash: str) -> bool:
+        """Replaces a password and ends all sessions of the user. Returns False if `known_hash` is no longer the user's
+        hash."""
+        async with self._without_tenant() as connection:
+            changed: bool = await connection.fetchval(
+                "select change_password($1, $2, $3)", user_id, known_hash, new_hash
+            )
+        return changed
+
+    async def reset_password(self, email: str, code_sha256: bytes, new_hash: str) -> bool:
+        """Replaces a password with a code and ends all sessions of the user. Returns False for a code that is not valid
+        for this email."""
+        async with self._without_tenant() as connection:
+            user = await connection.fetchval(
+                "select reset_password($1, $2, $3)", plain_email(email), code_sha256, new_hash
+            )
+        return user is not None
+
+    async def make_reset_code(
+        self, restaurant: str, id_: str, code_sha256: bytes, ttl_seconds: int, *, actor: str
+    ) -> None:
+        """Stores the code that resets a user's password, in place of an earlier one. Raises NotFound."""
+        async with self._as_tenant(restaurant, readonly=False) as connection:
+            if not await connection.fetchval(
+                "select make_reset_code($1, $2, $3, $4)", id_, code_sha256, actor, timedelta(seconds=ttl_seconds)
+            ):
+                raise NotFound("no such user")
 
     # -- restaurants -------------------------------------------------------------------------------------------
 
     async def register(
-        self, restaurant: Restaurant, email: str, name: str, password_hash: str, token_sha256: bytes, ttl_seconds: int
-    ) -> User:
-        """Creates the restaurant, its first admin and a session in one transaction. Raises Conflict if the slug or
-        the email is in use, and InvalidInput for a time zone that the database does not know."""
-        try:
-            async with self._as_tenant(restaurant.id, readonly=False) as connection:
-                await connection.execute(
-                    _INSERT_RESTAURANT,
-                    restaurant.id,
-                    restaurant.slug,
-                    restaurant.name,
-                    restaurant.currency,
-                    restaurant.time_zone,
-                    restaurant.cutoff_hour,
-                    restaurant.tax_basis_points,
-                    restaurant.email,
-                    encode(restaurant.settings).decode(),
+        self,
+        restaurant: Restaurant,
+        email: str,
+        name: str,
+        password_hash: str,
+        token_sha256: bytes,
+        ttl_seconds: int,
+        *,
+        invitation_sha256: bytes | None = None,
+    ) -> tuple[User, Session]:
+        """Creates the restaurant, its first admin and a session, and uses up the invitation if there is one, in one
+        transaction. Raises Conflict if the slug or the email is in use, InvalidInput for a time zone that the database
+        does not know, and Forbidden for an invitation that is not valid."""
+        async with self._as_tenant(restaurant.id, readonly=False) as connection:
+            if invitation_sha256 is not None and not await connection.fetchval(
+                "select use_invitation($1)", invitation_sha256
+            ):
+                raise Forbidden(
+                    "this invitation is wrong, used or expired", code="invitation_invalid", field="invitation_code"
                 )
-                row = await connection.fetchrow(
-                    _INSERT_USER, str(uuid4()), restaurant.id, plain_email(email), name, "admin", password_hash, None
-                )
-                user = _user(row)
-                await connection.execute(
-                    _BEGIN_SESSION, token_sha256, user.id, password_hash, timedelta(seconds=ttl_seconds)
-                )
-        except asyncpg.InvalidParameterValueError as error:
-            raise InvalidInput("the database does not know this time zone", field="time_zone") from error
-        return user
+            await insert_restaurant(connection, restaurant)
+            row = await connection.fetchrow(
+                _INSERT_USER, str(uuid4()), restaurant.id, plain_email(email), name, "admin", password_hash, None
+            )
+            user = _user(row)
+            begun = await connection.fetchrow(
+                _BEGIN_SESSION, token_sha256, user.id, password_hash, timedelta(seconds=ttl_seconds)
+            )
+        return user, _session(begun)
 
     async def restaurant(self, restaurant_id: str) -> Restaurant | None:
         async with self._without_tenant() as connection:
@@ -184,15 +245,28 @@ class Accounts:
             return await _one(connection, id_, deleted=deleted)
 
     async def add(
-        self, restaurant: str, id_: str, email: str, name: str, role: str, password_hash: str, request_hash: str | None
+        self,
+        restaurant: str,
+        id_: str,
+        email: str,
+        name: str,
+        role: str,
+        password_hash: str,
+        request_hash: str | None,
+        *,
+        actor: str,
     ) -> User | None:
         """Adds a user. `request_hash`: a slow hash of a request with an Idempotency-Key, because the request contains
         the password. Returns None if there is a user with this id. Raises Conflict if the email is in use."""
         async with self._as_tenant(restaurant, readonly=False) as connection:
+            await connection.execute(_SET_ACTOR, actor)
             row = await connection.fetchrow(
                 _INSERT_USER, id_, restaurant, plain_email(email), name, role, password_hash, request_hash
             )
-        return None if row is None else _user(row)
+        if row is None:
+            return None
+        log.info("user_created", user=id_, role=role, restaurant=restaurant)
+        return _user(row)
 
     async def request_hash(self, restaurant: str, id_: str) -> str | None:
         """Returns the hash of the request that has added a user, or None if it had no Idempotency-Key."""
@@ -200,19 +274,22 @@ class Accounts:
             found: str | None = await connection.fetchval("select request_of_user($1)", id_)
         return found
 
-    async def restore(self, restaurant: str, id_: str) -> User:
+    async def restore(self, restaurant: str, id_: str, *, actor: str) -> User:
         """Restores a user. Raises NotFound, and Conflict if the user is not deleted or another one has its email."""
         if (await self.user(restaurant, id_, deleted=True)).deleted_at is None:
             raise Conflict("the user is not deleted", code="not_deleted")
-        return await self.change(restaurant, id_, {"deleted_at": None}, deleted=True)
+        return await self.change(restaurant, id_, {"deleted_at": None}, deleted=True, actor=actor)
 
-    async def change(self, restaurant: str, id_: str, fields: dict[str, Any], *, deleted: bool = False) -> User:
+    async def change(
+        self, restaurant: str, id_: str, fields: dict[str, Any], *, actor: str, deleted: bool = False
+    ) -> User:
         """Changes columns of a user. Revokes all sessions if access was reduced or the password changed. Raises
         NotFound, and Conflict if the email is in use or the restaurant would have no admin left."""
         assert set(fields) <= set(_CHANGEABLE)
         async with self._as_tenant(restaurant, readonly=False) as connection:
             # Changes run one at a time, because two admins who remove each other would leave none.
             await connection.execute("select pg_advisory_xact_lock(hashtextextended($1, 0))", restaurant)
+            await connection.execute(_SET_ACTOR, actor)
             before = await _one(connection, id_, deleted=deleted)
             if "email" in fields:
                 fields = {**fields, "email": plain_email(fields["email"])}
@@ -232,6 +309,7 @@ class Accounts:
                 raise Conflict("a restaurant needs an admin", code="last_admin")
             if before.role != after.role or "password_hash" in fields or not after.is_active or after.deleted_at:
                 await connection.execute("select end_sessions_of($1)", id_)
+        log.info("user_changed", user=id_, fields=names, restaurant=restaurant)
         return after
 
 
@@ -248,3 +326,7 @@ async def _one(connection: Connection, id_: str, *, deleted: bool) -> User:
 
 def _user(row: Any) -> User:
     return User(**{name: row[name] for name in User.__struct_fields__ if name in row.keys()})  # noqa: SIM118
+
+
+def _session(row: Any) -> Session:
+    return Session(row["family"], row["epoch"])

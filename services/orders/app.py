@@ -14,6 +14,7 @@ from litestar import Litestar
 from msgspec import Struct
 
 from services.orders.accounts import Accounts
+from services.orders.api_keys import ApiKeyStore
 from services.orders.derived_figures import DerivedFigures
 from services.orders.entity_changes import EntityChanges
 from services.orders.entity_reads import EntityReads
@@ -23,6 +24,7 @@ from services.orders.route_context import RouteContext
 from services.orders.routes import API
 from services.orders.sign_in import SignIn
 from shared.entities.contract import now
+from shared.http.api_keys import ApiKeys
 from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_service, settings_of_service
 from shared.lifecycle import freeze_memory
@@ -41,6 +43,7 @@ from shared.rail.instance import Lease
 from shared.rail.journal import Journal, JournalBroken
 from shared.rail.orphaned_journals import OrphanedJournals
 from shared.rail.set_aside import count_aside
+from shared.security.revoked import RevocationPoller
 from shared.security.tokens import Tokens
 from shared.settings import Settings
 
@@ -60,6 +63,7 @@ class OrdersParts(Struct, frozen=True):
     reads: EntityReads
     context: RouteContext
     tokens: Tokens
+    revocations: RevocationPoller
     tracer: Tracer
     metrics: Metrics
 
@@ -103,6 +107,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         DerivedFigures(reads, postgres, mirror),
         accounts,
         SignIn(accounts, reads, tokens, mirror, settings),
+        ApiKeyStore(postgres),
     )
     return OrdersParts(
         settings,
@@ -123,6 +128,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         reads,
         context,
         tokens,
+        RevocationPoller(Postgres(settings.database_api_url, settings, size=1), tokens.revoked, tokens.clock),
         tracer,
         metrics,
     )
@@ -161,6 +167,7 @@ async def start(parts: OrdersParts) -> None:
         # The broker can take every order without the journal. The rail tries to open the journal again when it needs
         # it.
         log.error("starting_without_journal", error=str(error))
+    await parts.revocations.start()
     await parts.rail_parts.check_mirror()
     broker = await declare.check_at_start(parts.settings)
     # If the check has already waited for an unavailable broker, the publisher does not wait again.
@@ -181,6 +188,7 @@ async def stop(parts: OrdersParts) -> None:
     await parts.menus.stop()
     await parts.rail_parts.close()
     await parts.journal.close()
+    await parts.revocations.stop()
     await parts.postgres.close()
     parts.tracer.close()
 
@@ -238,6 +246,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         readiness=lambda: readiness(parts),
         lifespan=lifespan,
         tokens=parts.tokens,
+        api_keys=ApiKeys(parts.postgres, parts.rail_parts.mirror, settings),
         tracer=parts.tracer,
         metrics=parts.metrics,
         limits_mirror=parts.rail_parts.mirror,

@@ -5,6 +5,7 @@ from typing import Any
 from msgspec import Struct
 
 from services.orders.accounts import Accounts
+from services.orders.api_keys import ApiKeyStore
 from services.orders.derived_figures import DerivedFigures
 from services.orders.entity_changes import EntityChanges, Receipt
 from services.orders.entity_reads import EntityReads, FoundState
@@ -29,6 +30,7 @@ class RouteContext(Struct, frozen=True):
     figures: DerivedFigures
     accounts: Accounts
     sign_in: SignIn
+    api_keys: ApiKeyStore
 
 
 def context_of(request: Call) -> RouteContext:

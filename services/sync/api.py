@@ -18,6 +18,7 @@ from services.sync.ledger import routes as ledger_routes
 from services.sync.mirror import routes as mirror_routes
 from services.sync.sync_context import SyncContext
 from shared.entities.contract import now
+from shared.http.api_keys import ApiKeys
 from shared.http.openapi import Api
 from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_service, settings_of_service
@@ -27,6 +28,7 @@ from shared.observability.tracing import Tracer
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.rail.assemble import RailParts, assemble_rail
 from shared.rail.instance import number_of_traces
+from shared.security.revoked import RevocationPoller
 from shared.security.tokens import Tokens
 from shared.settings import Settings
 
@@ -70,6 +72,8 @@ class SyncApiParts(Struct, frozen=True):
     rail_parts: RailParts
     context: SyncContext
     imports: ImportContext
+    tokens: Tokens
+    revocations: RevocationPoller
     tracer: Tracer
     metrics: Metrics
 
@@ -115,8 +119,20 @@ def assemble(settings: Settings) -> SyncApiParts:
     mirror, rail = rail_parts.mirror, rail_parts.rail
     upserts = ExternalOrderUpserts(postgres, mirror, rail, source="sync", window_days=settings.mirror_window_days)
     context = SyncContext.of(settings, postgres, mirror, rail)
-    imports = ImportContext(settings.sync_token, upserts)
-    return SyncApiParts(settings, postgres, HeartbeatProbe(postgres), rail_parts, context, imports, tracer, metrics)
+    imports = ImportContext(upserts)
+    tokens = Tokens.of(settings)
+    return SyncApiParts(
+        settings,
+        postgres,
+        HeartbeatProbe(postgres),
+        rail_parts,
+        context,
+        imports,
+        tokens,
+        RevocationPoller(Postgres(settings.database_api_url, settings, size=1), tokens.revoked, tokens.clock),
+        tracer,
+        metrics,
+    )
 
 
 def create(settings: Settings | None = None) -> ResponseHeaders:
@@ -128,11 +144,13 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
 
     @asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        await parts.revocations.start()
         await parts.rail_parts.check_mirror()
         await parts.rail_parts.publisher.start(wait=3.0)
         log.info("started", port=settings.sync_port)
         yield
         await parts.rail_parts.close()
+        await parts.revocations.stop()
         await parts.postgres.close()
         await parts.context.ops.close()
         parts.tracer.close()
@@ -145,7 +163,8 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         state={"sync": parts.context, "imports": parts.imports},
         readiness=lambda: readiness(parts),
         lifespan=lifespan,
-        tokens=Tokens.of(settings),
+        tokens=parts.tokens,
+        api_keys=ApiKeys(parts.postgres, parts.rail_parts.mirror, settings),
         tracer=parts.tracer,
         metrics=parts.metrics,
         limits_mirror=parts.rail_parts.mirror,

@@ -9,7 +9,8 @@ from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from opentelemetry.trace import SpanKind
 
-from shared.errors import Forbidden, InvalidInput
+from shared.errors import Forbidden, InvalidInput, Unauthenticated
+from shared.http.api_keys import ApiKeys
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import discard_body
 from shared.http.client_address import TrustedProxies
@@ -21,22 +22,25 @@ from shared.http.response_headers import REPLY_HEADERS
 from shared.observability import tracing
 from shared.observability.metrics import HttpMetrics
 from shared.observability.tracing import Tracer
-from shared.security.permissions import ACTIONS, PUBLIC
-from shared.security.tokens import Tokens
+from shared.security.api_keys import MARK
+from shared.security.permissions import PUBLIC, may, scopes_for
+from shared.security.tokens import Grant, Tokens
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
+SYNC_TOKEN = b"x-sync-token"
+"""The header in which some routes take an API key, beside `Authorization: Bearer`."""
 _MAX_PATH_CHARS = 200
 """The part of a path that a span keeps. A client may send 64 KiB."""
 ACTION = "ticketrail.action"
 """The key of the action in the options of a handler without an Operation."""
 _UNSAFE = frozenset(("POST", "PUT", "PATCH", "DELETE"))
-OPEN_PATHS = ("/health", "/metrics", "/api-docs")
+OPEN_PATHS = ("/health", "/metrics", "/api-docs", "/.well-known/")
 """Prefixes of paths that need no token, have no rate limit and begin no trace."""
 
 
 class Authorization:
-    """ASGI middleware. Sets `request.user` to the caller's Identity (None on public routes), or raises Unauthenticated,
-    Forbidden or TooManyRequests.
+    """ASGI middleware. Sets `request.user` to the caller's Identity and `request.auth` to its Grant (None on public
+    routes), or raises Unauthenticated, Forbidden or TooManyRequests.
 
     The trace ends with the first byte of the response body. The span of an event stream therefore shows how long the
     client waited until the stream began.
@@ -46,6 +50,7 @@ class Authorization:
         self,
         app: ASGIApp,
         tokens: Tokens,
+        api_keys: ApiKeys | None,
         tracer: Tracer,
         metrics: HttpMetrics,
         limits: Limits | None,
@@ -54,6 +59,7 @@ class Authorization:
     ) -> None:
         self._app = app
         self._tokens = tokens
+        self._api_keys = api_keys
         self._tracer = tracer
         self._metrics = metrics
         self._limits = limits
@@ -65,11 +71,13 @@ class Authorization:
             return await self._app(scope, receive, send)
         scope[METRICS] = self._metrics  # type: ignore[literal-required]
         scope[OPEN_BODIES] = self._open_bodies  # type: ignore[literal-required]
-        authorization = traceparent = None
+        authorization = sync_token = traceparent = None
         has_body = too_large = keyed = False
         for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value.decode("latin-1")
+            elif name == SYNC_TOKEN:
+                sync_token = value.decode("latin-1")
             elif name == b"traceparent":
                 traceparent = value.decode("latin-1")
             elif name == b"content-length":
@@ -101,7 +109,7 @@ class Authorization:
 
         try:
             try:
-                await self._admit(scope, authorization, reply_headers)
+                await self._admit(scope, authorization, sync_token, reply_headers)
                 if traceparent and scope["user"] is not None:
                     self._tracer.continue_from(trace, traceparent)
                     reply_headers[:] = [pair for pair in reply_headers if pair[0] != b"x-trace-id"]
@@ -122,7 +130,13 @@ class Authorization:
             end()
         return None
 
-    async def _admit(self, scope: Scope, authorization: str | None, reply_headers: list[tuple[bytes, bytes]]) -> None:
+    async def _admit(
+        self,
+        scope: Scope,
+        authorization: str | None,
+        sync_token: str | None,
+        reply_headers: list[tuple[bytes, bytes]],
+    ) -> None:
         options = scope["route_handler"].opt
         operation: Operation | None = options.get("operation")
         action = operation.action if operation is not None else options.get(ACTION, "me.read")
@@ -133,12 +147,29 @@ class Authorization:
         if action == PUBLIC:
             scope["user"], scope["auth"] = None, None
             return
-        identity = self._tokens.verify(authorization)
-        scope["user"], scope["auth"] = identity, None
+        takes_sync_token = operation is not None and SYNC_TOKEN.decode() in operation.headers
+        grant = await self._identify(authorization, sync_token if takes_sync_token else None, address)
+        identity = grant.identity
+        scope["user"], scope["auth"] = identity, grant
         if self._limits is not None and identity.restaurant_id:
             await self._limits.of_restaurant(identity.restaurant_id, reply_headers)
-        if identity.role not in ACTIONS[action]:
-            raise Forbidden(f"the role {identity.role} may not do this", action=action)
+        if not may(identity, action):
+            if identity.scopes is None:
+                raise Forbidden(f"the role {identity.role} may not do this", action=action)
+            raise Forbidden("the API key has no scope for this", action=action, scopes=scopes_for(action))
+
+    async def _identify(self, authorization: str | None, sync_token: str | None, address: str) -> Grant:
+        """Returns what the caller's token or API key grants. Raises Unauthenticated, TooManyRequests, Unavailable."""
+        key, field = sync_token, SYNC_TOKEN.decode()
+        if key is None:
+            key, field = (authorization or "").partition(" ")[2].strip(), "Authorization"
+            if not key.startswith(MARK):
+                return self._tokens.grant(authorization)
+        if self._api_keys is None:
+            raise Unauthenticated("this service takes no API keys", field=field)
+        grant = await self._api_keys.verify(key, address, field=field)
+        self._tokens.check_session(grant)  # a key that was revoked a moment ago
+        return grant
 
     def _end(self, trace: tracing.Trace, scope: Scope, status: int) -> None:
         requested = str(scope.get("method", ""))
@@ -183,7 +214,8 @@ def authorization(
     limits: Limits | None = None,
     *,
     proxies: str = "",
+    api_keys: ApiKeys | None = None,
 ) -> Callable[[ASGIApp], ASGIApp]:
     """Returns the middleware in the form that Litestar's list of middleware takes. Without `limits` there is no rate
-    limit."""
-    return lambda app: Authorization(app, tokens, tracer, metrics, limits, open_bodies, proxies)
+    limit, and without `api_keys` only tokens are accepted."""
+    return lambda app: Authorization(app, tokens, api_keys, tracer, metrics, limits, open_bodies, proxies)

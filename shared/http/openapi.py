@@ -13,7 +13,7 @@ from shared.entities.contract import SyncState
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.endpoint import Operation, View
 from shared.http.openapi_examples import example_of
-from shared.security.permissions import ACTIONS, PUBLIC
+from shared.security.permissions import ACTIONS, PUBLIC, scopes_for
 from shared.version import VERSION
 
 _REF = "#/components/schemas/{name}"
@@ -198,7 +198,9 @@ def _entity_of(operation: Operation) -> Any:
 
 
 def _security_schemes(found: Iterable[tuple[str, str, Operation]]) -> dict[str, Any]:
-    schemes: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+    schemes: dict[str, Any] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "A JSON Web Token, or an API key"}
+    }
     for name in sorted({name for _, _, operation in found for name in operation.headers if name in _SECRET_HEADERS}):
         schemes[_SECRET_HEADERS[name]] = {"type": "apiKey", "in": "header", "name": name}
     return schemes
@@ -244,8 +246,7 @@ def _operation(
         "tags": [operation.tag],
         "responses": _responses(method, operation, schema_of, components, hint, bool(parameters)),
     }
-    roles = "" if operation.action == PUBLIC else f"For: {', '.join(sorted(ACTIONS[operation.action]))}."
-    if text := " ".join(part for part in (operation.description, roles) if part):
+    if text := " ".join(part for part in (operation.description, _callers(operation.action)) if part):
         found["description"] = text
     if parameters:
         found["parameters"] = parameters
@@ -257,8 +258,16 @@ def _operation(
     if operation.action != PUBLIC:
         secrets.append("bearer")
     if secrets:
-        found["security"] = [{name: [] for name in secrets}]
+        found["security"] = [{name: []} for name in secrets]  # one of them is enough
     return found
+
+
+def _callers(action: str) -> str:
+    """Returns who may do an action: the roles of tokens and the scopes of API keys."""
+    if action == PUBLIC:
+        return ""
+    roles, scopes = ", ".join(sorted(ACTIONS[action])), ", ".join(scopes_for(action))
+    return " ".join([*([f"For: {roles}."] if roles else []), *([f"API keys: {scopes}."] if scopes else [])])
 
 
 def _name(method: str, path: str) -> str:

@@ -10,12 +10,14 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 
 from shared.http.api_docs import pages
+from shared.http.api_keys import ApiKeys
 from shared.http.authorization import ACTION, authorization
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import Call
 from shared.http.cors import cors
 from shared.http.error_replies import EXCEPTION_HANDLERS
 from shared.http.health import Readiness, health, metrics_route
+from shared.http.jwks import jwks_route
 from shared.http.limits import Limits
 from shared.http.methods import allowed_methods
 from shared.http.open_bodies import OpenBodies
@@ -48,6 +50,7 @@ def create_service(
     readiness: Readiness,
     lifespan: Lifespan,
     tokens: Tokens,
+    api_keys: ApiKeys,
     tracer: Tracer,
     metrics: Metrics,
     limits_mirror: Mirror | None,
@@ -59,7 +62,7 @@ def create_service(
     """
     open_bodies = OpenBodies(settings)
     metrics.watch("ticketrail_open_bodies", lambda: len(open_bodies))
-    handlers = [*api.handlers, *health(readiness), metrics_route(metrics), *pages(api)]
+    handlers = [*api.handlers, *health(readiness), metrics_route(metrics), jwks_route(tokens), *pages(api)]
     app = Litestar(
         route_handlers=[*_options(handlers), *handlers],
         state=State(dict(state)),
@@ -71,6 +74,7 @@ def create_service(
                 open_bodies,
                 Limits(limits_mirror, settings),
                 proxies=settings.trusted_proxies,
+                api_keys=api_keys,
             )
         ],
         cors_config=cors(settings),

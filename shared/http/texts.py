@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, inspect
 
 from shared.entities.contract import SENTENCE
 from shared.iso_codes import COUNTRIES, CURRENCIES
+from shared.security.emails import ADDRESS, MAX_EMAIL_CHARS
 
 T = TypeVar("T")
 
@@ -32,7 +33,6 @@ _INVISIBLE = (
 LABEL_PATTERN = rf"^[^{_CONTROL}]*[^{_INVISIBLE}][^{_CONTROL}]*{END}"
 _LABEL_SENTENCE = "must not be blank, and must have no control characters or invisible ones"
 _LABEL_RULES: dict[str, Any] = {"pattern": LABEL_PATTERN, "extra": {SENTENCE: _LABEL_SENTENCE, FORM: _LABEL}}
-_ADDRESS = rf"[^@\s{_CONTROL}]+@[^@\s.{_CONTROL}]+(?:\.[^@\s.{_CONTROL}]+)+"
 
 Label = Annotated[str, Meta(max_length=200, **_LABEL_RULES)]
 """A name, or another text of one line. It has a visible character and no control character."""
@@ -41,8 +41,8 @@ Sentence = Annotated[str, Meta(max_length=500, **_LABEL_RULES)]
 Email = Annotated[
     str,
     Meta(
-        max_length=254,
-        pattern=f"^ *{_ADDRESS} *{END}",
+        max_length=MAX_EMAIL_CHARS,
+        pattern=rf"^\s*{ADDRESS}\s*{END}",
         extra={SENTENCE: "not an email address", FORM: _LABEL},
         examples=["ada@trattoria.example"],
     ),

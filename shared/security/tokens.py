@@ -1,11 +1,13 @@
 """Authentication: issues JSON Web Tokens, verifies them and returns an `Identity`.
 
-Claims: userId, restaurantId, email, role (admin, staff, customer or operator), and sessionId for customers. Operators
-may have no restaurantId.
+Claims: iss and aud (settings), iat, exp, userId, restaurantId, email, role (admin, staff, customer or operator), and
+sessionId for customers. Operators may have no restaurantId. `epoch` and `family` name the session: when it ends, its
+tokens are refused (revoked.py). token_clock.py says which clock decides that a token has expired.
 """
 
 import hashlib
-import time
+import hmac
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -16,10 +18,13 @@ import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from jwt.algorithms import OKPAlgorithm, RSAAlgorithm
 from msgspec import Struct
 
 from shared.entities.contract import Label
 from shared.errors import Forbidden, Unauthenticated
+from shared.security.revoked import RevokedTokens, Subject
+from shared.security.token_clock import LEEWAY_SECONDS, TokenClock
 from shared.security.weak_secrets import weakness
 from shared.setting_fields import MIN_SECRET_BYTES, allowed_values, variable
 from shared.settings import Settings
@@ -28,6 +33,7 @@ from shared.settings_loading import SettingsError
 MIN_RSA_BITS = 2048
 """RS256 requires at least this size (RFC 7518, section 3.3)."""
 _MAX_CACHED_TOKENS = 4096
+_AS_JWK: dict[str, Any] = {"RS256": RSAAlgorithm.to_jwk, "EdDSA": OKPAlgorithm.to_jwk}
 
 
 class Role(StrEnum):
@@ -44,6 +50,8 @@ class Identity(Struct, frozen=True):
     email: str = ""
     session_id: str | None = None
     """The session of a customer, who creates and sees only the orders of this session; None for other roles."""
+    scopes: frozenset[str] | None = None
+    """The scopes of an API key, which limit its role; None for a token. `user_id` is then the id of the key."""
 
     @property
     def tenant(self) -> str:
@@ -56,6 +64,16 @@ class Identity(Struct, frozen=True):
     def actor(self) -> str:
         """The name under which the audit records this caller: the email, or the user id if the token has no email."""
         return self.email or self.user_id
+
+
+class Grant(Struct, frozen=True):
+    """What a verified token grants: to whom, and until when."""
+
+    identity: Identity
+    expires_at: float
+    """Unix seconds, without leeway."""
+    subjects: tuple[Subject, ...] = ()
+    """The token is refused when one of these is revoked with a larger epoch."""
 
 
 class BadKey(SettingsError):
@@ -145,27 +163,24 @@ def _is_file(text: str) -> bool:
 
 
 class VerifiedTokens:
-    """The identities of tokens whose signature was verified. Each identity is kept until its token expires. Times are
-    Unix seconds."""
+    """The grants of tokens whose signature was verified. The caller checks whether they have expired."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[float, Identity]] = {}
+        self._found: dict[str, Grant] = {}
 
-    def keep(self, token: str, identity: Identity, *, expires_at: float) -> None:
+    def keep(self, token: str, grant: Grant) -> None:
         if len(self._found) >= _MAX_CACHED_TOKENS:
             self._found.clear()
-        self._found[token] = (expires_at, identity)
+        self._found[token] = grant
 
-    def identity_of(self, token: str) -> Identity | None:
-        """Returns the identity of a token, or None if the token was not verified yet or has expired."""
-        known = self._found.get(token)
-        return known[1] if known and known[0] > time.time() else None
+    def grant_of(self, token: str) -> Grant | None:
+        return self._found.get(token)
 
 
 class Tokens:
     """Issues and verifies tokens.
 
-    Verified tokens are cached until they expire, because checking a signature costs more than pricing an order.
+    Verified tokens are cached, because checking a signature costs more than pricing an order.
 
     A key can be replaced without signing out any user: the current key signs, the current and the previous key
     verify, and `kid` in the header of the token selects between them. Without a `kid` the current key is used.
@@ -178,15 +193,23 @@ class Tokens:
         ttl_seconds: int,
         previous: Key | None = None,
         verified: VerifiedTokens | None = None,
+        revoked: RevokedTokens | None = None,
+        issuer: str = "ticketrail",
+        audience: str = "ticketrail",
     ) -> None:
-        """`verified`: a cache that several objects share. By default each object has a cache of its own."""
+        """`verified`: a cache that several objects share. By default each object has a cache of its own. `revoked`: the
+        list of ended sessions; a command needs none, because it only issues tokens."""
         self._key = secret_key(secret) if isinstance(secret, str) else secret
         self._keys = {key.id: key for key in (previous, self._key) if key is not None}
         self._ttl = ttl_seconds
         self._verified = verified if verified is not None else VerifiedTokens()
+        self._issuer = issuer
+        self._audience = audience
+        self.clock = TokenClock()
+        self.revoked = revoked if revoked is not None else RevokedTokens()
 
     @classmethod
-    def of(cls, settings: Settings) -> Self:
+    def of(cls, settings: Settings, revoked: RevokedTokens | None = None) -> Self:
         """Reads the keys from the settings. Raises BadKey, which names the setting."""
         algorithm, before = settings.jwt_algorithm, settings.jwt_previous_key
         if algorithm == "HS256":
@@ -208,7 +231,22 @@ class Tokens:
                 raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY is shorter than {MIN_SECRET_BYTES} bytes")
             if wrong := weakness(before):
                 raise BadKey(f"TICKETRAIL_JWT_PREVIOUS_KEY {wrong}")
-        return cls(key, ttl_seconds=settings.cli_token_ttl_seconds, previous=previous)
+        return cls(
+            key,
+            ttl_seconds=settings.cli_token_ttl_seconds,
+            previous=previous,
+            revoked=revoked,
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+        )
+
+    def public_keys(self) -> list[dict[str, Any]]:
+        """Returns the public keys that verify tokens, as JSON Web Keys (RFC 7517). A secret is never among them."""
+        return [
+            {**_AS_JWK[key.algorithm](key.verifying, as_dict=True), "kid": key.id, "alg": key.algorithm, "use": "sig"}
+            for key in self._keys.values()
+            if key.algorithm in _AS_JWK
+        ]
 
     @property
     def signs(self) -> bool:
@@ -220,11 +258,25 @@ class Tokens:
         if not self.signs:
             raise BadKey("TICKETRAIL_JWT_PRIVATE_KEY is needed to sign tokens; TICKETRAIL_JWT_PUBLIC_KEY only verifies")
 
-    def issue(self, identity: Identity, *, ttl_seconds: int | None = None) -> str:
-        """Returns a token for an `Authorization: Bearer` header. Raises BadKey if only the public key is known."""
+    def derived_secret(self, purpose: str) -> bytes:
+        """Returns a secret that every service with the same signing key derives. Raises BadKey if only the public key
+        is known."""
         self.require_signing()
-        now = int(time.time())
+        signing = self._key.signing
+        if not isinstance(signing, str):
+            signing = signing.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            ).decode()
+        return hmac.digest(signing.encode(), f"ticketrail/{purpose}".encode(), "sha256")
+
+    def issue(self, identity: Identity, *, ttl_seconds: int | None = None, epoch: int = 0, family: str = "") -> str:
+        """Returns a token for an `Authorization: Bearer` header. `epoch`: `token_epoch` of the user. `family`: the
+        session, if the token belongs to one. Raises BadKey if only the public key is known."""
+        self.require_signing()
+        now = int(self.clock.issuing())
         claims: dict[str, Any] = {
+            "iss": self._issuer,
+            "aud": self._audience,
             "userId": identity.user_id,
             "role": identity.role.value,
             "email": identity.email,
@@ -235,16 +287,39 @@ class Tokens:
             claims["restaurantId"] = identity.restaurant_id
         if identity.session_id:
             claims["sessionId"] = identity.session_id
+        if epoch:
+            claims["epoch"] = epoch
+        if family:
+            claims["family"] = family
         return jwt.encode(claims, self._key.signing, self._key.algorithm, headers={"kid": self._key.id})
 
     def verify(self, authorization: str | None) -> Identity:
         """Returns the caller of a request from its `Authorization` header. Raises Unauthenticated."""
+        return self.grant(authorization).identity
+
+    def grant(self, authorization: str | None) -> Grant:
+        """Returns what the token in an `Authorization` header grants. Raises Unauthenticated, with the code
+        `token_expired` or `session_ended` if a new sign-in helps."""
         scheme, _, token = (authorization or "").partition(" ")
         token = token.strip(" ")  # the scheme may be followed by several blanks (RFC 9110, section 11.4)
         if scheme.lower() != "bearer" or not token:
             raise Unauthenticated("the request needs an Authorization header with a Bearer token")
-        if (known := self._verified.identity_of(token)) is not None:
-            return known
+        grant = self._verified.grant_of(token) or self._verify(token)
+        if self.seconds_left(grant) <= -LEEWAY_SECONDS:
+            raise Unauthenticated("the token has expired", code="token_expired")
+        self.check_session(grant)
+        return grant
+
+    def seconds_left(self, grant: Grant) -> float:
+        """Returns the time until the token expires. It is accepted LEEWAY_SECONDS longer, for clocks that differ."""
+        return grant.expires_at - self.clock.earliest()
+
+    def check_session(self, grant: Grant) -> None:
+        """Raises Unauthenticated if the session of the grant has ended."""
+        if self.revoked.refuses(grant.subjects):
+            raise Unauthenticated("this session has ended: sign in again", code="session_ended")
+
+    def _verify(self, token: str) -> Grant:
         try:
             # The key determines the algorithm. The algorithm in the token is not trusted, because an attacker could
             # choose `none`.
@@ -256,16 +331,41 @@ class Tokens:
                 token,
                 key.verifying,
                 algorithms=[key.algorithm],
-                # Another host may have issued the token, and its clock may be ahead of this one.
-                options={"require": ["exp", "userId"], "verify_iat": False},
+                issuer=self._issuer,
+                audience=self._audience,
+                # The times are checked by `clock`.
+                options={
+                    "require": ["exp", "userId", "iss", "aud"],
+                    "verify_exp": False,
+                    "verify_iat": False,
+                    "verify_nbf": False,
+                },
             )
-        except jwt.ExpiredSignatureError as error:
-            raise Unauthenticated("the token has expired", code="token_expired") from error
+            begins_at = max(_time(claims, "nbf"), _time(claims, "iat") if self.clock.compared else 0.0)
+            expires_at = _time(claims, "exp")
         except jwt.InvalidTokenError as error:
             raise Unauthenticated(f"the token is not valid: {error}") from error
-        identity = _identity(claims)
-        self._verified.keep(token, identity, expires_at=float(claims["exp"]))
-        return identity
+        if begins_at > self.clock.latest() + LEEWAY_SECONDS:
+            raise Unauthenticated("the token is not valid yet", code="token_not_yet_valid")
+        grant = Grant(_identity(claims), expires_at, _subjects(claims))
+        self._verified.keep(token, grant)
+        return grant
+
+
+def _time(claims: dict[str, Any], name: str) -> float:
+    """Returns a time in Unix seconds, or 0 if the token does not have it. Raises InvalidTokenError."""
+    found = claims.get(name, 0)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise jwt.InvalidTokenError(f"{name} is not a number")
+    return float(found)
+
+
+def _subjects(claims: dict[str, Any]) -> tuple[Subject, ...]:
+    epoch, family = claims.get("epoch", 0), claims.get("family", "")
+    if not isinstance(epoch, int) or not isinstance(family, str):
+        raise Unauthenticated("the token's epoch or family is not valid")
+    user = (f"user:{claims['userId']}", epoch)
+    return (user, (f"family:{family}", 0)) if family else (user,)
 
 
 def _identity(claims: dict[str, Any]) -> Identity:

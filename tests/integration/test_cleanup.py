@@ -79,7 +79,17 @@ async def test_expired_data_is_removed_and_counted_per_kind(restaurant: Restaura
     ended = await ticketrail(restaurant.system, "cleanup", "--json")
     assert ended.code == 0, ended.err
     counts = ended.printed
-    assert counts.keys() == {"tokens", "imports", "heartbeats", "dead_letters", "replays", "trace_files", "claims"}
+    assert counts.keys() == {
+        "tokens",
+        "identity_events",
+        "revocations",
+        "imports",
+        "heartbeats",
+        "dead_letters",
+        "replays",
+        "trace_files",
+        "claims",
+    }
     assert (counts["tokens"] >= 2, counts["imports"] >= 2, counts["trace_files"] >= 1) == (True, True, True)
     assert await tokens(restaurant) == before - removed
     assert kept < before

@@ -12,7 +12,6 @@ import pytest
 
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.security.tokens import Role
-from shared.settings import Settings
 from tests.contract import documents
 from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
@@ -193,7 +192,7 @@ async def test_other_encoding_than_gzip_is_refused_by_name(
         reply = await admin.post("/api/tables", content=TABLE, headers={"Content-Encoding": coding})
         assert refused(reply, 415, "unsupported_media_type", "Content-Encoding")["allowed"] == ["gzip"]
         assert reply.headers["accept-encoding"] == "gzip"
-    token = {"x-sync-token": Settings(_env_file=None).sync_token, "Content-Encoding": coding}
+    token = {"x-sync-token": system.demo["sync_token"], "Content-Encoding": coding}
     async with system.client(service="sync") as client:
         refused(await client.post("/api/sync/order", content=b"{}", headers=token), 415, "unsupported_media_type")
 

@@ -25,7 +25,7 @@ from services.sync import api as sync
 from shared.http.authorization import OPEN_PATHS
 from shared.http.endpoint import Operation, endpoint
 from shared.http.openapi import operations
-from shared.security.permissions import ACTIONS, PUBLIC, allowed
+from shared.security.permissions import ACTIONS, PUBLIC, SCOPES, Scope, allowed, scopes_for
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.rigs.http_client import http_client
@@ -41,8 +41,9 @@ OPEN_TO_ALL = {
     ("orders", "POST", "/api/auth/refresh"),
     ("orders", "POST", "/api/auth/logout"),
     ("orders", "POST", "/api/auth/table-session"),
-    ("sync", "POST", "/api/sync/order"),  # this route checks a secret of its own
+    ("orders", "POST", "/api/auth/password-reset"),
 }
+SYNC_ORDER = {"items": [{"name": "Margherita", "quantity": 1, "unit_price": 980}]}
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _CONCURRENCY = 8
 
@@ -98,8 +99,12 @@ class OurRestaurant(Struct, frozen=True):
             "/api/jobs/{job_id:str}": {"title": "Wash again"},
             "/api/users": {"email": f"{uuid4().hex}@x.example", "password": "long enough to be good", "role": "staff"},
             "/api/users/{user_id:str}": {"name": "Somebody else"},
+            "/api/api-keys": {"name": "Another", "scopes": ["menu:read"]},
+            "/api/sync/order": {**SYNC_ORDER, "restaurant_id": self.restaurant.id, "external_id": uuid4().hex},
             "/api/auth/refresh": {"refresh_token": "none"},
             "/api/auth/logout": {"refresh_token": "none"},
+            # The right one would end the session of the caller.
+            "/api/auth/password": {"current_password": "not the right one", "new_password": "long enough to be new"},
             "/api/ops/conflicts/{conflict_id:str}/resolve": {"keep": self.ids["change_id"], "why": "it was the first"},
         }
         found: dict[str, Any] = bodies.get(route.path) or route.operation.example
@@ -153,6 +158,7 @@ async def ours(system: System) -> OurRestaurant:
         ids["user_id"] = await one(
             "/api/users", email=f"{hidden}@x.example", password="long enough to be good", role="staff", name=hidden
         )
+        ids["api_key_id"] = await one("/api/api-keys", name=hidden, scopes=["menu:read"])
         ids["order_id"] = await one(
             "/api/orders",
             items=[{"menu_item_id": ids["menu_item_id"], "quantity": 2}],
@@ -280,19 +286,28 @@ async def test_api_document_names_every_route_and_its_roles(system: System, serv
     assert set(described) == set(walked)
     for key, operation in walked.items():
         guarded = operation.action != PUBLIC
-        assert ("security" in described[key]) == (guarded or key == ("POST", "/api/sync/order")), key
+        assert ("security" in described[key]) == guarded, key
         if guarded:
             assert {"401", "403"} <= set(described[key]["responses"]), key
             roles = ", ".join(sorted(role for role in Role if allowed(operation.action, role)))
-            assert f"For: {roles}." in described[key]["description"], key
+            assert not roles or f"For: {roles}." in described[key]["description"], key
+            scopes = ", ".join(scopes_for(operation.action))
+            assert not scopes or f"API keys: {scopes}." in described[key]["description"], key
 
 
 # -- callers -----------------------------------------------------------------------------------------------------
 
 
 async def test_no_route_answers_without_a_valid_token(ours: OurRestaurant) -> None:
-    claims = {"userId": "u", "restaurantId": ours.restaurant.id, "role": "admin", "exp": int(time.time()) + 600}
-    expired = Tokens(ours.restaurant.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=-5)
+    claims = {
+        "iss": "ticketrail",
+        "aud": "ticketrail",
+        "userId": "u",
+        "restaurantId": ours.restaurant.id,
+        "role": "admin",
+        "exp": int(time.time()) + 600,
+    }
+    expired = Tokens(ours.restaurant.system.env["TICKETRAIL_JWT_SECRET"], ttl_seconds=-60)
     strangers = [
         None,
         "",
@@ -350,8 +365,44 @@ async def test_another_restaurant_can_see_and_change_nothing(ours: OurRestaurant
         if answer.route.method == "GET" and answer.route.operation.many and answer.status == 200:
             rows = json.loads(answer.text)["data"]
             # The other restaurant has only its first admin.
-            assert rows == [] or answer.route.path == "/api/users", answer.summary
+            assert rows == [] or answer.route.path in ("/api/users", "/api/api-keys"), answer.summary
     assert await _all_of(ours) == before
+
+
+@pytest.mark.parametrize("scope", Scope)
+async def test_api_key_can_do_exactly_what_its_scope_allows(ours: OurRestaurant, scope: Scope) -> None:
+    """Every route, in the restaurant of the key and in another one."""
+    theirs = await register_restaurant(ours.restaurant.system)
+    async with theirs.client(Role.ADMIN) as admin:
+        dish = await theirs.dish()
+        bay = made(await admin.post("/api/bays", json={"name": "Grill"}))
+    there = OurRestaurant(theirs, {**ours.ids, "menu_item_id": dish["id"], "bay_id": bay["id"]}, "", "")
+    key = f"Bearer {await theirs.api_key(scope)}"
+    before = await _all_of(ours)
+
+    def right(answer: Answer) -> bool:
+        if ours.leaks(answer.text, path=answer.path):
+            return False
+        if answer.route.operation.action not in SCOPES[scope]:
+            return answer.status == 403 and '"code":"forbidden"' in answer.text
+        if '"code":"wrong_restaurant"' in answer.text:
+            return answer.route.path == "/api/sync/order"
+        return answer.status not in (401, 403) and answer.status < 500
+
+    answers = await walk(there, GUARDED, key)
+    every(answers, right)
+    abroad = await walk(ours, GUARDED, key)
+    every(abroad, lambda answer: right(answer) and (not answer.route.of_one or answer.status in (403, 404)))
+    assert any(answer.route.operation.action in SCOPES[scope] for answer in answers)
+    assert await _all_of(ours) == before
+
+
+def test_every_action_of_a_scope_exists_and_is_none_of_an_admin_alone() -> None:
+    admins_alone = {action for action, roles in ACTIONS.items() if roles == {Role.ADMIN}}
+    assert set(SCOPES) == set(Scope)
+    for scope, actions in SCOPES.items():
+        assert actions <= set(ACTIONS), scope
+        assert actions.isdisjoint(admins_alone - {"menu.change"}), scope
 
 
 async def _all_of(ours: OurRestaurant) -> dict[str, tuple[int, str]]:

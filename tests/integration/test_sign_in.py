@@ -22,8 +22,6 @@ from shared.security.passwords import fits, hash_password
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.rigs.sign_in import (
-    ATTEMPTS_PER_ACCOUNT,
-    ATTEMPTS_PER_ADDRESS,
     GUEST_TOKEN_TTL_SECONDS,
     PASSWORD,
     RegisteredRestaurant,
@@ -64,7 +62,6 @@ async def test_account_that_registers_a_restaurant_is_its_admin(system: System, 
         ({"slug": "slug\n"}, "slug"),
         ({"slug": "s" * 51}, "slug"),
         ({"email": "nobody"}, "email"),
-        ({"email": "ada@x.example\n"}, "email"),
         ({"email": "a\0b@x.example"}, "email"),
         ({"email": f"{'a' * 250}@x.example"}, "email"),
         ({"password": "too short"}, "password"),
@@ -118,7 +115,7 @@ async def test_slug_and_email_can_be_taken_only_once(
 async def test_email_is_one_account_in_any_spelling(url: str, registered: RegisteredRestaurant) -> None:
     name = uuid4().hex[:8]
     user = await registered.user(email=f"Ada.{name}@People.EXAMPLE")
-    for spelled in (f"ada.{name}@people.example", f"ADA.{name.upper()}@PEOPLE.example"):
+    for spelled in (f"ada.{name}@people.example", f" ADA.{name.upper()}@PEOPLE.example \t"):
         session = expect(await sign_in(url, spelled))
         assert session["user"]["id"] == user["id"]
     claims = jwt.decode(session["access_token"], options={"verify_signature": False})
@@ -126,13 +123,23 @@ async def test_email_is_one_account_in_any_spelling(url: str, registered: Regist
     assert claims["exp"] - claims["iat"] == session["expires_in"]
 
 
-async def test_refresh_token_is_used_once(url: str, registered: RegisteredRestaurant) -> None:
+async def used_long_ago(system: System, *tokens: str) -> None:
+    """Makes the first use of refresh tokens older than ten seconds, in which a second use gets the same successor."""
+    async with system.database("ticketrail_owner") as connection:
+        await connection.execute(
+            "update refresh_tokens set used_at = used_at - interval '11 seconds' where token_sha256 = any($1)",
+            [digest(token) for token in tokens],
+        )
+
+
+async def test_refresh_token_is_used_once(system: System, url: str, registered: RegisteredRestaurant) -> None:
     first = expect(await sign_in(url, (await registered.user())["email"]))
     second = expect(await refresh(url, first["refresh_token"]))
     assert second["refresh_token"] != first["refresh_token"]
     async with registered.client(second["access_token"]) as staff:
         assert expect(await staff.get("/api/auth/me"))["user_id"] == first["user"]["id"]
     third = expect(await refresh(url, second["refresh_token"]))
+    await used_long_ago(system, first["refresh_token"], second["refresh_token"])
     # The first token is used again, so it or its successor was stolen. The whole session ends.
     for token, code in (
         (first["refresh_token"], "refresh_token_reused"),
@@ -142,22 +149,29 @@ async def test_refresh_token_is_used_once(url: str, registered: RegisteredRestau
         assert expect(await refresh(url, token), 401)["code"] == code
 
 
-async def test_concurrent_uses_of_a_refresh_token_succeed_once_and_end_the_session(
-    url: str, registered: RegisteredRestaurant
+async def test_tabs_that_refresh_at_once_get_the_same_successor_on_every_instance(
+    system: System, url: str, registered: RegisteredRestaurant
 ) -> None:
     user = await registered.user()
-    for _ in range(3):
-        token = expect(await sign_in(url, user["email"]))["refresh_token"]
-        replies = await asyncio.gather(*(refresh(url, token) for _ in range(4)))
-        assert sorted(reply.status_code for reply in replies) == [200, 401, 401, 401]
-        winner = next(reply for reply in replies if reply.status_code == 200).json()["data"]
-        assert (await refresh(url, winner["refresh_token"])).status_code == 401
+    token = expect(await sign_in(url, user["email"]))["refresh_token"]
+    replies = await asyncio.gather(*(refresh(at, token) for at in (url, system.urls["orders"]) * 2))
+    sessions = [expect(reply) for reply in replies]
+    (successor,) = {session["refresh_token"] for session in sessions}
+    for session in sessions:
+        async with registered.client(session["access_token"]) as staff:
+            assert expect(await staff.get("/api/auth/me"))["user_id"] == user["id"]
+    # Each tab can go on with the successor.
+    again = [expect(await refresh(url, successor))["refresh_token"] for _ in range(2)]
+    assert again[0] == again[1] != successor
 
 
-async def test_reused_token_does_not_end_other_sessions_of_the_user(url: str, registered: RegisteredRestaurant) -> None:
+async def test_reused_token_does_not_end_other_sessions_of_the_user(
+    system: System, url: str, registered: RegisteredRestaurant
+) -> None:
     user = await registered.user()
     stolen, other = [expect(await sign_in(url, user["email"]))["refresh_token"] for _ in range(2)]
     expect(await refresh(url, stolen))
+    await used_long_ago(system, stolen)
     expect(await refresh(url, stolen), 401)
     expect(await refresh(url, other))
 
@@ -222,7 +236,6 @@ async def test_unknown_email_and_wrong_password_get_the_same_answer(
         (inactive["email"], PASSWORD),
         (deleted["email"], PASSWORD),
         (without, PASSWORD),
-        (known["email"] + "\n", PASSWORD),
         ("no email at all", ""),
     ):
         reply = await sign_in(url, email, password)
@@ -272,55 +285,6 @@ async def test_unknown_email_costs_the_same_work_as_a_known_one(
     assert {cost for cost, _ in verified} == {"$argon2id$v=19$m=19456,t=2,p=1"}
 
 
-async def test_sign_ins_of_an_account_are_limited_across_addresses(url: str, registered: RegisteredRestaurant) -> None:
-    user, other = await registered.user(email=f"kim-{new_email()}"), await registered.user()
-    guesses = [await sign_in(url, user["email"], f"guess number {n}") for n in range(ATTEMPTS_PER_ACCOUNT)]
-    assert {reply.status_code for reply in guesses} == {401}
-    # Even the right password is refused.
-    for email in (user["email"], user["email"].upper()):
-        reply = await sign_in(url, email)
-        assert expect(reply, 429)["code"] == "rate_limited"
-        assert 1 <= int(reply.headers["retry-after"]) <= 300
-    # Another spelling of the email has no attempts of its own, even if PostgreSQL treats the letters as equal.
-    assert (await sign_in(url, user["email"].replace("i", "İ", 1))).status_code in (401, 429)
-    expect(await sign_in(url, other["email"]))
-
-
-async def test_sign_ins_from_an_address_are_limited_across_accounts(url: str, registered: RegisteredRestaurant) -> None:
-    address = next(addresses)
-    replies = [await sign_in(url, new_email(), address=address) for _ in range(ATTEMPTS_PER_ADDRESS)]
-    assert {reply.status_code for reply in replies} == {401}
-    email = (await registered.user())["email"]
-    assert expect(await sign_in(url, email, address=address), 429)["code"] == "rate_limited"
-    async with client(url, address=address) as anybody:
-        reply = await anybody.post("/api/auth/register-restaurant", json=registration())
-    assert reply.status_code == 429
-    expect(await sign_in(url, email))
-
-
-async def test_addresses_of_one_ipv6_network_count_as_one(url: str) -> None:
-    network = f"2001:db8:{secrets.randbelow(65_536):x}:{secrets.randbelow(65_536):x}"
-    replies = [await sign_in(url, new_email(), address=f"{network}:7::{n:x}") for n in range(ATTEMPTS_PER_ADDRESS)]
-    assert {reply.status_code for reply in replies} == {401}
-    assert (await sign_in(url, new_email(), address=f"{network}:8::1")).status_code == 429
-
-
-async def test_answers_that_reveal_taken_emails_are_limited(url: str, registered: RegisteredRestaurant) -> None:
-    """Without the limit, an admin could find out the emails of other accounts by trying to use them."""
-    user = await registered.user()
-    async with client(url, registered.session["access_token"], address=next(addresses)) as admin:
-        asked = [
-            await admin.put(f"/api/users/{user['id']}", json={"email": registered.email})
-            for _ in range(ATTEMPTS_PER_ADDRESS + 1)
-        ]
-        body = {"email": new_email(), "password": PASSWORD, "role": "staff"}
-        made = await admin.post("/api/users", json=body)
-        # A change whose reply cannot show that an email is taken is not limited.
-        expect(await admin.put(f"/api/users/{user['id']}", json={"name": "Kim"}))
-    assert [reply.status_code for reply in asked] == [409] * ATTEMPTS_PER_ADDRESS + [429]
-    assert made.status_code == 429
-
-
 @pytest.mark.parametrize("password", ["x" * 201, "ä" * 100_000], ids=["201", "200 KB"])
 async def test_overlong_password_is_not_hashed(url: str, registered: RegisteredRestaurant, password: str) -> None:
     assert expect(await sign_in(url, registered.email, password), 422)["details"]["field"] == "password"
@@ -328,11 +292,14 @@ async def test_overlong_password_is_not_hashed(url: str, registered: RegisteredR
 
 async def test_long_password_counts_to_its_last_character(url: str, registered: RegisteredRestaurant) -> None:
     """The hash must cover the whole password: also what follows the first 72 bytes or a NUL."""
-    password = "\0" + "🍕" * 199
+    password = "\0" + "🍕🍝" * 99 + "!"
     user = await registered.user(password=password)
     expect(await sign_in(url, user["email"], password))
     expect(await sign_in(url, user["email"], password[:-1]), 401)
     expect(await sign_in(url, user["email"], password[:-1] + "🍔"), 401)
+
+
+ROTATE = "select rotate_session($1, $2, interval '1 day', interval '1 hour')"
 
 
 # -- races -------------------------------------------------------------------------------------------------------
@@ -354,7 +321,7 @@ async def test_new_password_ends_a_session_during_its_refresh(
     old, new = expect(await sign_in(url, user["email"]))["refresh_token"], secrets.token_urlsafe(32)
     async with system.database("ticketrail_api") as thief, registered.client() as admin:
         async with thief.transaction():
-            await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(old), digest(new))
+            await thief.execute(ROTATE, digest(old), digest(new))
             changing = asyncio.create_task(
                 admin.put(f"/api/users/{user['id']}", json={"password": "another one that is good"})
             )
@@ -370,9 +337,10 @@ async def test_reused_token_ends_a_session_during_its_refresh(
 ) -> None:
     first = expect(await sign_in(url, (await registered.user())["email"]))["refresh_token"]
     second, third = expect(await refresh(url, first))["refresh_token"], secrets.token_urlsafe(32)
+    await used_long_ago(system, first)
     async with system.database("ticketrail_api") as thief:
         async with thief.transaction():
-            await thief.execute("select rotate_session($1, $2, interval '1 day')", digest(second), digest(third))
+            await thief.execute(ROTATE, digest(second), digest(third))
             reusing = asyncio.create_task(refresh(url, first))
             await eventually(
                 lambda: waited_for(system, thief.get_server_pid()), what="a reuse that waits for the refresh"
@@ -447,16 +415,6 @@ async def test_guest_gets_no_token_without_a_table_of_the_restaurant(
     assert errors[0] == errors[1] == errors[2]
     expect(await scan(registered, theirs, slug="no-such-registered"), 404)
     expect(await scan(registered, "1"), 422)
-
-
-async def test_scans_from_an_address_are_limited(url: str, registered: RegisteredRestaurant) -> None:
-    address, table = next(addresses), str(uuid4())
-    async with client(url, address=address) as guest:
-        body = {"slug": registered.slug, "table_id": table}
-        replies = [await guest.post("/api/auth/table-session", json=body) for _ in range(ATTEMPTS_PER_ADDRESS + 1)]
-    assert [reply.status_code for reply in replies] == [404] * ATTEMPTS_PER_ADDRESS + [429]
-    # Many scans do not block sign-ins from the same address.
-    expect(await sign_in(url, (await registered.user())["email"], address=address))
 
 
 # -- me ----------------------------------------------------------------------------------------------------------

@@ -206,37 +206,42 @@ class Notifier:
     async def screen(
         self, *, by: str | None = None, after: str | None = None, asked: asyncio.Event | None = None, **params: str
     ) -> AsyncIterator[Screen]:
-        """Yields a client that has received `connected`. It sends `after` as its `Last-Event-ID`. `asked` is set when
-        it has sent the request."""
+        """`screen_at` this notifier."""
+        async with screen_at(self.base, by or token(), after=after, asked=asked, **params) as screen:
+            yield screen
 
-        async def trace(event: str, _: Any) -> None:
-            if asked is not None and event == "http11.send_request_headers.complete":
-                asked.set()
 
-        headers = {"Authorization": f"Bearer {by or token()}"}
-        if after is not None:
-            headers["Last-Event-ID"] = after
-        timeout = httpx.Timeout(5.0, read=60.0)
-        async with (
-            http_client(timeout=timeout) as client,
-            client.stream(
-                "GET",
-                f"{self.base}/api/v1/sync/events",
-                params=params,
-                headers=headers,
-                extensions={"trace": trace},
-            ) as response,
-        ):
-            if response.status_code != 200:
-                raise AssertionError(f"{response.status_code}: {(await response.aread()).decode()}")
-            screen = Screen(response)
-            listening = asyncio.create_task(screen.listen())
-            try:
-                await screen.until(lambda: bool(screen.events))
-                yield screen
-            finally:
-                listening.cancel()
-                await asyncio.gather(listening, return_exceptions=True)
+@asynccontextmanager
+async def screen_at(
+    base: str, by: str, *, after: str | None = None, asked: asyncio.Event | None = None, **params: str
+) -> AsyncIterator[Screen]:
+    """Yields a client of the notifier at `base` that has received `connected`. It sends the token `by`, and `after` as
+    its `Last-Event-ID`. `asked` is set when it has sent the request."""
+
+    async def trace(event: str, _: Any) -> None:
+        if asked is not None and event == "http11.send_request_headers.complete":
+            asked.set()
+
+    headers = {"Authorization": f"Bearer {by}"}
+    if after is not None:
+        headers["Last-Event-ID"] = after
+    timeout = httpx.Timeout(5.0, read=60.0)
+    async with (
+        http_client(timeout=timeout) as client,
+        client.stream(
+            "GET", f"{base}/api/v1/sync/events", params=params, headers=headers, extensions={"trace": trace}
+        ) as response,
+    ):
+        if response.status_code != 200:
+            raise AssertionError(f"{response.status_code}: {(await response.aread()).decode()}")
+        screen = Screen(response)
+        listening = asyncio.create_task(screen.listen())
+        try:
+            await screen.until(lambda: bool(screen.events))
+            yield screen
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
 
 
 def moved(base: Change, state: Order, status: OrderStatus) -> tuple[Change, Order]:

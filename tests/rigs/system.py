@@ -109,8 +109,11 @@ class System:
             "database_api_url": self.database_url("ticketrail_api"),
             "database_ops_url": self.database_url("ticketrail_ops"),
             "jwt_secret": "a-secret-for-tests-that-is-long-enough",
-            # All tests come from one address, so the limit must not apply.
-            "sign_in_attempts_per_address": 100_000,
+            # All tests come from one address, so the limits of an address must not apply.
+            "sign_in_failures_per_address": 100_000,
+            "account_changes_per_address": 100_000,
+            "api_key_failures_per_prefix_and_address": 100_000,
+            "api_key_failures_per_address": 100_000,
             "heartbeat_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
             "mirror_settle_seconds": 1.0,

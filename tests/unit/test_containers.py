@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jwt
 import pytest
 import yaml
 
@@ -14,6 +15,7 @@ from services.sync.api import API
 from shared.http import response_headers
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.messaging.topology import PERMISSIONS
+from shared.security.tokens import Identity, Role, Tokens
 from shared.security.weak_secrets import weakness
 from shared.settings import Settings
 from tests.rigs.system import ROOT
@@ -93,7 +95,7 @@ def test_a_service_has_only_the_password_of_its_own_database_role() -> None:
         "orders": {"TICKETRAIL_DATABASE_API_URL"},
         "sync-worker": {"TICKETRAIL_DATABASE_WRITER_URL"},
         "sync-api": {"TICKETRAIL_DATABASE_API_URL", "TICKETRAIL_DATABASE_OPS_URL"},
-        "notifier": set(),
+        "notifier": {"TICKETRAIL_DATABASE_API_URL"},
     }
 
 
@@ -255,6 +257,8 @@ def _make(file: Path) -> dict[str, str]:
 def test_generated_secrets_are_strong_different_and_readable_only_by_their_owner(tmp_path: Path) -> None:
     made = _make(tmp_path / "env")
     assert set(made) == set(SECRETS)
+    keys = tmp_path / ".secrets"
+    assert keys.stat().st_mode & 0o777 == 0o700
     assert len(set(made.values())) == len(made)
     assert not [name for name, value in made.items() if weakness(value)]
     assert all(re.fullmatch(r"[\w-]{43}", value) for value in made.values()), (
@@ -265,12 +269,45 @@ def test_generated_secrets_are_strong_different_and_readable_only_by_their_owner
 
 def test_secrets_that_are_set_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "env"
-    file.write_text("# mine\nTICKETRAIL_PORT=9000\nTICKETRAIL_JWT_SECRET=mine\nTICKETRAIL_SYNC_TOKEN=\n")
+    file.write_text("# mine\nTICKETRAIL_PORT=9000\nTICKETRAIL_REDIS_PASSWORD=mine\nTICKETRAIL_DATABASE_API_PASSWORD=\n")
     first = _make(file)
-    assert first["TICKETRAIL_JWT_SECRET"] == "mine"
+    pair = {path.name: path.read_text() for path in (tmp_path / ".secrets").iterdir()}
+    assert first["TICKETRAIL_REDIS_PASSWORD"] == "mine"
     assert first["TICKETRAIL_PORT"] == "9000"
-    assert len(first["TICKETRAIL_SYNC_TOKEN"]) == 43
+    assert len(first["TICKETRAIL_DATABASE_API_PASSWORD"]) == 43
     assert _make(file) == first
+    assert {path.name: path.read_text() for path in (tmp_path / ".secrets").iterdir()} == pair
+
+
+def test_services_verify_with_the_generated_key_pair_and_only_orders_signs(tmp_path: Path) -> None:
+    _make(tmp_path / "env")
+    holders: dict[str, set[str]] = {name: set(SERVICES[name].get("secrets", [])) for name in (*OURS, "ticketrail")}
+    assert holders == {
+        "orders": {"jwt_private_key", "jwt_public_key"},
+        "sync-worker": set(),
+        "sync-api": {"jwt_public_key"},
+        "notifier": {"jwt_public_key"},
+        "ticketrail": {"jwt_private_key", "jwt_public_key"},
+    }
+    declared = yaml.safe_load(COMPOSE)["secrets"]
+
+    def tokens(name: str) -> Tokens:
+        given = {
+            setting.removeprefix("TICKETRAIL_").lower(): str(tmp_path / declared[Path(value).name]["file"])
+            for setting, value in _settings_of(SERVICES[name]).items()
+            if value.startswith("/run/secrets/") and Path(value).name in holders[name]
+        }
+        return Tokens.of(Settings(_env_file=None, **given))  # type: ignore[arg-type]
+
+    token = tokens("orders").issue(Identity("u1", Role.STAFF, "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11"))
+    assert jwt.get_unverified_header(token)["alg"] == "EdDSA"
+    for name in ("sync-api", "notifier"):
+        assert tokens(name).verify(f"Bearer {token}").user_id == "u1"
+        assert not tokens(name).signs
+
+
+def test_the_image_defaults_to_production() -> None:
+    assert "TICKETRAIL_ENVIRONMENT=production" in (ROOT / "deploy/image/Dockerfile").read_text()
 
 
 # -- observation

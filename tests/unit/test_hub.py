@@ -20,6 +20,7 @@ FORM = Form(
     event=lambda event, of_one_order: f"{'one ' if of_one_order else ''}{event.change_id} ".encode(),
     resync=lambda reason, cursor: f"resync:{reason}:{cursor} ".encode(),
     keep_alive=lambda cursor: f"keep-alive:{cursor} ".encode(),
+    closing=lambda reason, retry_after: f"closing:{reason} ".encode(),
 )
 
 
@@ -208,7 +209,7 @@ def test_only_a_slow_subscriber_gets_a_resync_and_is_disconnected() -> None:
         for offset in range(1, 6):
             publish(rail, event(offset))
             assert taken(quick) == [f"c{offset}.0"]
-        assert taken(slow) == [f"resync:slow:{cursor(4)}"]
+        assert taken(slow) == [f"resync:slow:{cursor(4)}", "closing:slow"]
         assert slow.ended and not quick.ended
         assert len(rail) == 1
 
@@ -228,7 +229,7 @@ def test_too_many_waiting_bytes_make_a_subscriber_slow() -> None:
         subscriber = rail.subscribe(Interest("a"), FORM, None)
         publish(rail, event(1))
         publish(rail, event(2))
-        assert taken(subscriber) == [f"resync:slow:{cursor(2)}"]
+        assert taken(subscriber) == [f"resync:slow:{cursor(2)}", "closing:slow"]
 
     asyncio.run(scene())
 

@@ -31,7 +31,7 @@ Start = Callable[..., LocalSystem]
 
 def settings_of(system: LocalSystem) -> dict[str, str]:
     """Returns the settings that `make run` always writes."""
-    names = (*BACKENDS, "TICKETRAIL_JWT_SECRET", "TICKETRAIL_SYNC_TOKEN", "TICKETRAIL_WORKER_PORT")
+    names = (*BACKENDS, "TICKETRAIL_JWT_SECRET", "TICKETRAIL_WORKER_PORT")
     return {"TICKETRAIL_HOME": str(system.home)} | {name: f"{name} of {system.name}" for name in names}
 
 

@@ -123,7 +123,6 @@ def test_each_wrong_value_has_a_sentence_of_its_own(load: Load) -> None:
         ("DATABASE_OPS_URL", "mysql://u:hunter2@db/x"),
         ("RABBITMQ_WATCHER_URL", "watcher:hunter2@mq:15672"),
         ("JWT_SECRET", "hunter2"),
-        ("SYNC_TOKEN", ""),
     ],
 )
 def test_a_wrong_value_of_a_secret_setting_is_not_repeated(load: Load, name: str, value: str) -> None:
@@ -156,8 +155,9 @@ def test_a_wrong_port_base_is_refused_by_make_run_in_the_same_single_sentence(lo
 
 
 def test_addresses_and_origins_are_accepted(load: Load) -> None:
+    secrets = {"TICKETRAIL_JWT_SECRET": "j" * 32}
     for host in ("0.0.0.0", "::1", "192.168.1.7"):
-        assert load(TICKETRAIL_HOST=host).host == host
+        assert load(TICKETRAIL_HOST=host, **secrets).host == host
     for origins in ("", "*", "https://pos.example", "http://localhost:3000, https://*.pos.example", "http://[::1]:80"):
         assert load(TICKETRAIL_CORS_ORIGINS=origins).cors_origins == origins
 
@@ -310,12 +310,14 @@ def test_a_command_reports_a_wrong_setting_but_help_and_version_need_none(
 def test_every_trace_is_kept_in_development_and_a_tenth_in_production(load: Load) -> None:
     production: dict[str, Any] = {name: "" for name in Settings.model_fields if name.endswith("_url")}
     strong = "f3Zr0kq9wLx7TnVb2mYc"
-    production |= {"environment": "production", "jwt_secret": strong * 2, "sync_token": strong}
+    production |= {"environment": "production", "jwt_secret": strong * 2}
     chosen = {variable(name): value for name, value in production.items()}
     assert load().trace_sample == 1.0
     assert load(**chosen).trace_sample == 0.1
     assert load(**chosen, TICKETRAIL_TRACE_SAMPLE="0.5").trace_sample == 0.5
     assert load(TICKETRAIL_TRACE_SAMPLE="0").trace_sample == 0
+    assert (load().registration, load(**chosen).registration) == ("open", "closed")
+    assert load(**chosen, TICKETRAIL_REGISTRATION="invitation").registration == "invitation"
 
 
 # -- documents ---------------------------------------------------------------------------------------------------

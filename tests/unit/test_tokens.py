@@ -32,6 +32,7 @@ from tests.rigs.builders import RESTAURANT
 from tests.rigs.system import ROOT
 
 STAFF = Identity("u1", Role.STAFF, RESTAURANT, "a@b.example")
+OURS = {"iss": "ticketrail", "aud": "ticketrail", "restaurantId": RESTAURANT}
 SECRET, OTHER_SECRET = (secrets.token_urlsafe(40) for _ in range(2))
 
 
@@ -68,7 +69,7 @@ def bearer(token: str) -> str:
 
 def forged(header: dict[str, Any], secret: bytes, **claims: Any) -> str:
     """A token signed by HMAC with `secret`. PyJWT refuses a public key as the secret, so it is built by hand."""
-    content = {"userId": "u1", "restaurantId": RESTAURANT, "role": "admin", "exp": int(time.time()) + 60, **claims}
+    content = {**OURS, "userId": "u1", "role": "admin", "exp": int(time.time()) + 60, **claims}
     parts = [
         base64.urlsafe_b64encode(json.dumps(one).encode()).rstrip(b"=") for one in ({"typ": "JWT", **header}, content)
     ]
@@ -88,7 +89,7 @@ def test_a_token_names_its_algorithm_and_its_key(algorithm: str) -> None:
 
 def test_a_token_of_a_host_whose_clock_is_ahead_is_valid() -> None:
     ahead = int(time.time()) + 7_200
-    content = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "iat": ahead, "exp": ahead + 60}
+    content = {**OURS, "userId": "u1", "role": "staff", "iat": ahead, "exp": ahead + 60}
     assert tokens().verify(bearer(jwt.encode(content, SECRET, "HS256"))).user_id == "u1"
 
 
@@ -99,6 +100,40 @@ def test_a_service_with_the_public_key_verifies_and_cannot_issue(algorithm: str)
     assert not public.signs
     with pytest.raises(BadKey):
         public.issue(STAFF)
+
+
+def test_a_key_pair_makes_eddsa_the_algorithm() -> None:
+    for chosen in ({"jwt_private_key": ED}, {"jwt_public_key": ED_PUBLIC}):
+        assert Settings(_env_file=None, **chosen).jwt_algorithm == "EdDSA"  # type: ignore[arg-type]
+    assert Settings(_env_file=None).jwt_algorithm == "HS256"
+    assert Settings(_env_file=None, jwt_private_key=RSA, jwt_algorithm="RS256").jwt_algorithm == "RS256"
+
+
+@pytest.mark.parametrize("algorithm", ["RS256", "EdDSA"])
+def test_published_keys_verify_tokens_of_the_current_and_the_previous_key(algorithm: str) -> None:
+    previous = {"RS256": ED_PUBLIC, "EdDSA": RSA_PUBLIC}[algorithm]
+    ours = tokens(algorithm, jwt_previous_key=previous)
+    published = {key["kid"]: key for key in ours.public_keys()}
+    assert {key["alg"] for key in published.values()} == {"RS256", "EdDSA"}
+    assert not any(private in key for key in published.values() for private in ("d", "p", "q", "k"))
+    for issuing in (ours, tokens({"RS256": "EdDSA", "EdDSA": "RS256"}[algorithm])):
+        token = issuing.issue(STAFF)
+        header = jwt.get_unverified_header(token)
+        key = jwt.PyJWK(published[header["kid"]])
+        found = jwt.decode(token, key.key, algorithms=[header["alg"]], audience="ticketrail", issuer="ticketrail")
+        assert found["userId"] == STAFF.user_id
+
+
+def test_a_secret_is_never_published() -> None:
+    assert tokens(jwt_previous_key=OTHER_SECRET).public_keys() == []
+
+
+def test_issuer_and_audience_can_be_chosen() -> None:
+    ours = tokens(jwt_issuer="https://pos.example", jwt_audience="pos")
+    assert ours.verify(bearer(ours.issue(STAFF))) == STAFF
+    for other in (tokens(), tokens(jwt_issuer="https://pos.example"), tokens(jwt_audience="pos")):
+        with pytest.raises(Unauthenticated):
+            other.verify(bearer(ours.issue(STAFF)))
 
 
 def test_a_key_can_be_read_from_a_file(tmp_path: Path) -> None:
@@ -136,7 +171,7 @@ def test_the_previous_key_only_verifies() -> None:
 
 
 def test_a_token_without_a_kid_is_verified_with_the_current_key_only() -> None:
-    content = {"userId": "u1", "restaurantId": RESTAURANT, "role": "staff", "exp": int(time.time()) + 60}
+    content = {**OURS, "userId": "u1", "role": "staff", "exp": int(time.time()) + 60}
     both = tokens(jwt_secret=OTHER_SECRET, jwt_previous_key=SECRET)
     assert both.verify(bearer(jwt.encode(content, OTHER_SECRET, "HS256"))).user_id == "u1"
     with pytest.raises(Unauthenticated):

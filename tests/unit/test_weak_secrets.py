@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from shared.security.weak_secrets import weakness
 from shared.settings import Settings
 
-STRONG = secrets.token_urlsafe(32)
+STRONG, JWT_SECRET = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
 URLS = {
     "rabbitmq_url": "amqp://ticketrail:{}@rabbitmq:5672/",
     "rabbitmq_management_url": "http://ticketrail:{}@rabbitmq:15672",
@@ -24,9 +24,9 @@ URLS = {
 }
 
 
-def production(**changed: str) -> Settings:
+def production(**changed: Any) -> Settings:
     strong: dict[str, Any] = {name: url.format(STRONG) for name, url in URLS.items()}
-    strong |= {"jwt_secret": STRONG, "sync_token": STRONG, **changed}
+    strong |= {"jwt_secret": JWT_SECRET, **changed}
     return Settings(_env_file=None, environment="production", **strong)
 
 
@@ -48,14 +48,13 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "change-me-to-at-least-thirty-two-bytes",
     ],
 )
-@pytest.mark.parametrize("name", ["jwt_secret", "sync_token"])
-def test_a_weak_secret_is_refused_with_the_name_of_its_setting(name: str, weak: str) -> None:
+def test_a_weak_secret_is_refused_with_the_name_of_its_setting(weak: str) -> None:
     weak = weak[:15] if weak.startswith("sh0rt") else weak
     with pytest.raises(ValidationError) as refused:
-        production(**{name: weak})
+        production(jwt_secret=weak)
     error = refused.value.errors()[0]
     # The field itself refuses a secret that is too short for a signature; its error has the field's location.
-    assert f"TICKETRAIL_{name.upper()}" in error["msg"] or error["loc"] == (name,)
+    assert "TICKETRAIL_JWT_SECRET" in error["msg"] or error["loc"] == ("jwt_secret",)
 
 
 @pytest.mark.parametrize("password", ["guest", "ticketrail", "x" * 40, "postgres-1-rabbitmq-2-postgres"])
@@ -91,6 +90,53 @@ def test_an_empty_url_is_accepted() -> None:
 
 def test_development_accepts_the_default_secrets() -> None:
     assert Settings(_env_file=None).environment == "development"
+
+
+# -- other settings that production refuses ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"redis_url": URLS["redis_url"].format(JWT_SECRET)}, "TICKETRAIL_REDIS_URL"),
+        ({"cors_origins": "https://pos.example, *"}, "TICKETRAIL_CORS_ORIGINS"),
+        ({"restaurant_requests_per_second": 0}, "TICKETRAIL_RESTAURANT_REQUESTS_PER_SECOND"),
+        ({"address_requests_per_second": 0}, "TICKETRAIL_ADDRESS_REQUESTS_PER_SECOND"),
+        *(
+            ({f"{kind}_token_ttl_seconds": 30 * 24 * 3600 + 1}, f"TICKETRAIL_{kind.upper()}_TOKEN_TTL_SECONDS")
+            for kind in ("cli", "access", "refresh", "guest")
+        ),
+        ({"rabbitmq_url": f"amqps://t:{STRONG}@rabbitmq/?no_verify_ssl=1"}, "TICKETRAIL_RABBITMQ_URL"),
+        ({"redis_url": f"rediss://:{STRONG}@a/0,rediss://:{STRONG}@b/0?ssl_cert_reqs=none"}, "TICKETRAIL_REDIS_URL"),
+    ],
+    # The passwords are random, and the processes of one run must agree on the names of tests.
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_production_refuses_unsafe_settings_by_name(changed: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValidationError, match=named) as refused:
+        production(**changed)
+    assert JWT_SECRET not in refused.value.errors()[0]["msg"]
+
+
+def test_production_accepts_lifetimes_of_thirty_days() -> None:
+    assert production(refresh_token_ttl_seconds=30 * 24 * 3600).refresh_token_ttl_seconds
+
+
+@pytest.mark.parametrize("environment", ["development", "production"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::"])
+def test_the_default_key_is_refused_where_other_machines_reach_the_service(host: str, environment: Any) -> None:
+    with pytest.raises(ValidationError, match="TICKETRAIL_JWT_SECRET"):
+        Settings(_env_file=None, host=host, environment=environment)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1"])
+def test_the_default_key_is_accepted_on_loopback(host: str) -> None:
+    assert Settings(_env_file=None, host=host).jwt_algorithm == "HS256"
+
+
+def test_a_key_pair_needs_no_secret() -> None:
+    with_pair = production(jwt_secret=Settings.model_fields["jwt_secret"].default, jwt_public_key="a.pem", host="::")
+    assert with_pair.jwt_algorithm == "EdDSA"
 
 
 def test_random_secrets_are_accepted() -> None:

@@ -35,7 +35,8 @@ class AuditedChange(Struct, frozen=True):
     change_id: str
     entity: str
     entity_id: str
-    version: int
+    version: int | None
+    """None for users and API keys, which have no versions."""
     type: str
     source: str
     accepted_at: datetime
@@ -51,7 +52,9 @@ class AuditedChange(Struct, frozen=True):
     tag="Audit",
     summary="List who changed what, newest first",
     description="Each entry is one recorded change with the old and the new values of the fields that it changed."
-    " The list comes from PostgreSQL and is late by the sync lag.",
+    " The list comes from PostgreSQL and is late by the sync lag. With `entity=user` or `entity=api_key` it shows"
+    " sign-ins, failed ones too, sign-outs, and what was made, changed or revoked; without `entity`, these are left"
+    " out.",
     query=AuditQuery,
     answer=AuditedChange,
     many=True,
@@ -62,7 +65,8 @@ async def list_audit(request: Call) -> ASGIApp:
     at, id_ = read_cursor(query.cursor) if query.cursor else (None, None)
     try:
         async with context_of(request).postgres.tenant(tenant) as connection:
-            rows = await audit.changes(
+            read: Any = audit.identity_events if query.entity in audit.IDENTITIES else audit.changes
+            rows = await read(
                 connection,
                 tenant,
                 start=query.from_,
@@ -81,6 +85,8 @@ async def list_audit(request: Call) -> ASGIApp:
 
 
 def _audited(row: dict[str, Any]) -> AuditedChange:
+    if "changed" in row:
+        return AuditedChange(**{**row, "changed": msgspec.json.decode(row["changed"])})
     data = msgspec.json.decode(row.pop("data"))
     before, after = data["before"], data["after"]
     changed = {

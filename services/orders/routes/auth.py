@@ -2,7 +2,7 @@
 
 import contextlib
 from typing import Annotated, Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from litestar.types import ASGIApp
 from msgspec import Meta, Struct, structs
@@ -15,19 +15,21 @@ from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import endpoint
 from shared.http.replies import success
-from shared.http.texts import END, Country, Currency, Email, Label
+from shared.http.texts import END, Country, Email, Label
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
-from shared.restaurants import Restaurant, RestaurantSettings
+from shared.restaurants import NewRestaurant, Restaurant, RestaurantSettings, Slug
+from shared.security.emails import read_email
+from shared.security.passwords import NewPassword
 from shared.security.permissions import PUBLIC
 from shared.security.tokens import Role
 
 _TAG = "Sign-in"
-Password = Annotated[str, Meta(min_length=10, max_length=200)]
-Slug = Annotated[
+Invitation = Annotated[
     str,
     Meta(
-        pattern=rf"^[a-z0-9](?:[a-z0-9-]{{0,48}}[a-z0-9])?{END}",
-        extra={SENTENCE: "must have 1 to 50 lower-case letters, digits or hyphens, and no hyphen at its ends"},
+        max_length=200,
+        pattern=rf"^[\x21-\x7e]*{END}",
+        extra={SENTENCE: "must have visible ASCII characters only"},
     ),
 ]
 Token = Annotated[
@@ -45,18 +47,14 @@ class SettingsRequest(RestaurantSettings, frozen=True, forbid_unknown_fields=Tru
     country: Country | None = None
 
 
-class RegisterRestaurant(Request):
-    """`tax_basis_points`: 500 means 5 %. A sale before `cutoff_hour` belongs to the previous business day."""
+class RegisterRestaurant(NewRestaurant):
+    """`tax_basis_points`: 500 means 5 %. A sale before `cutoff_hour` belongs to the previous business day. The setting
+    TICKETRAIL_REGISTRATION decides whether `invitation_code` is needed."""
 
-    name: Label
-    slug: Slug
     email: Email
-    password: Password
+    password: NewPassword
     admin_name: Label | None = None
-    currency: Currency = "EUR"
-    time_zone: Label = "UTC"
-    cutoff_hour: Annotated[int, Meta(ge=0, le=23)] = 4
-    tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)] = 500
+    invitation_code: Invitation | None = None
     settings: SettingsRequest = SettingsRequest()
 
 
@@ -102,7 +100,7 @@ class LoggedOut(Struct, frozen=True):
     body=RegisterRestaurant,
     answer=Registered,
     status=201,
-    errors=(409, 504),
+    errors=(403, 409, 504),
     example={
         "name": "Trattoria Ada",
         "slug": "trattoria-ada",
@@ -117,19 +115,15 @@ class LoggedOut(Struct, frozen=True):
 async def register_restaurant(request: Call) -> ASGIApp:
     requested = read_body(await request.whole_body(), RegisterRestaurant)
     context = context_of(request)
-    restaurant = Restaurant(
-        id=str(uuid4()),
-        slug=requested.slug,
-        name=requested.name,
-        currency=requested.currency,
-        time_zone=requested.time_zone,
-        cutoff_hour=requested.cutoff_hour,
-        tax_basis_points=requested.tax_basis_points,
-        email=requested.email,
-        settings=requested.settings,
-    )
+    email = read_email(requested.email)
+    restaurant = Restaurant.of(requested, email=email, settings=requested.settings)
     session = await context.sign_in.register(
-        restaurant, requested.email, requested.admin_name or "", requested.password, address_of(request)
+        restaurant,
+        email,
+        requested.admin_name or "",
+        requested.password,
+        address_of(request),
+        invitation_code=requested.invitation_code,
     )
     with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):  # the reconciler adds it later
         await context.mirror.keep_restaurant(restaurant.id, encode(restaurant))
@@ -159,7 +153,8 @@ async def login(request: Call) -> ASGIApp:
     action=PUBLIC,
     tag=_TAG,
     summary="Exchange a refresh token for new tokens",
-    description="A refresh token is valid once. A second use ends its session.",
+    description="A refresh token is valid once. A use within ten seconds after the first one gets the same successor, "
+    "so two tabs may refresh at once. A later use ends its session: all its tokens are refused within five seconds.",
     body=Refresh,
     answer=SignInSession,
     errors=(401,),
@@ -176,8 +171,8 @@ async def refresh(request: Call) -> ASGIApp:
     action=PUBLIC,
     tag=_TAG,
     summary="End a session",
-    description="The refresh token and all of its successors are no longer valid. An unknown token gets the same"
-    " reply.",
+    description="All tokens of the session are refused within five seconds, and its event streams end. An unknown token"
+    " gets the same reply.",
     body=Refresh,
     answer=LoggedOut,
     example={"refresh_token": "cH0ZcXlVbJ3m2vJw5n1tq8uYk4sR7eXo0aLdT9fGi6M"},

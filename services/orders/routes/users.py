@@ -11,7 +11,7 @@ from services.orders.accounts import User
 from services.orders.idempotency import RequestKey
 from services.orders.requests import Request
 from services.orders.route_context import context_of
-from services.orders.routes.auth import Password, address_of
+from services.orders.routes.auth import address_of
 from shared.entities.contract import now
 from shared.errors import Unauthenticated
 from shared.http.bodies import read_body
@@ -21,6 +21,8 @@ from shared.http.endpoint import endpoint, path_id, read_query
 from shared.http.replies import success
 from shared.http.texts import Email, Label
 from shared.rail.idempotency import key_reused
+from shared.security.emails import read_email
+from shared.security.passwords import NewPassword
 
 _TAG = "Users"
 
@@ -33,16 +35,17 @@ class UserRole(StrEnum):
 
 class CreateUser(Request):
     email: Email
-    password: Password
+    password: NewPassword
     role: UserRole
     name: Label | None = None
 
 
 class UpdateUser(Request):
-    """A new role or password, or `is_active` false, ends all sessions of the user."""
+    """A new role or password, or `is_active` false, ends all sessions of the user: all its tokens are refused within
+    five seconds, and its event streams end."""
 
     email: Email | UnsetType = UNSET
-    password: Password | UnsetType = UNSET
+    password: NewPassword | UnsetType = UNSET
     role: UserRole | UnsetType = UNSET
     name: Label | UnsetType = UNSET
     is_active: bool | UnsetType = UNSET
@@ -72,11 +75,13 @@ class UsersQuery(Request):
 async def create_user(request: Call) -> ASGIApp:
     key, body = RequestKey.of(request, "POST /api/users"), await request.whole_body()
     requested, context = read_body(body, CreateUser), context_of(request)
-    tenant, id_, sha256 = await _tenant(request), key.entity_id(), key.hash_of(body)
-    await context.sign_in.count_user(address_of(request))
-    hashed = await context.sign_in.hash(requested.password)
+    tenant, id_, sha256 = await admins_tenant(request), key.entity_id(), key.hash_of(body)
+    await context.sign_in.limits.count_account_change(address_of(request))
+    email, name = read_email(requested.email), requested.name or ""
+    hashed = await context.sign_in.hash_new(requested.password, email)
     kept = None if sha256 is None else await context.sign_in.hash(sha256)
-    user = await context.accounts.add(tenant, id_, requested.email, requested.name or "", requested.role, hashed, kept)
+    actor = request.identity.actor
+    user = await context.accounts.add(tenant, id_, email, name, requested.role, hashed, kept, actor=actor)
     if user is not None:
         return success(user, status=201)
     first = await context.accounts.request_hash(tenant, id_)
@@ -100,7 +105,7 @@ async def create_user(request: Call) -> ASGIApp:
 async def list_users(request: Call) -> ASGIApp:
     query = read_query(request, UsersQuery)
     found = await context_of(request).accounts.users(
-        await _tenant(request),
+        await admins_tenant(request),
         limit=query.limit + 1,
         before=read_cursor(query.cursor) if query.cursor else None,
         role=query.role,
@@ -126,7 +131,7 @@ def _cursor_position(user: User) -> tuple[datetime, str]:
     errors=(404,),
 )
 async def get_user(request: Call, user_id: str) -> ASGIApp:
-    return success(await context_of(request).accounts.user(await _tenant(request), path_id(user_id, "user_id")))
+    return success(await context_of(request).accounts.user(await admins_tenant(request), path_id(user_id, "user_id")))
 
 
 @endpoint(
@@ -144,14 +149,17 @@ async def get_user(request: Call, user_id: str) -> ASGIApp:
 )
 async def update_user(request: Call, user_id: str) -> ASGIApp:
     requested = read_body(await request.whole_body(), UpdateUser)
-    context, id_, tenant = context_of(request), path_id(user_id, "user_id"), await _tenant(request)
+    context, id_, tenant = context_of(request), path_id(user_id, "user_id"), await admins_tenant(request)
     if requested.email is not UNSET or requested.password is not UNSET:
-        await context.sign_in.count_user(address_of(request))
+        await context.sign_in.limits.count_account_change(address_of(request))
     names = ("email", "role", "name", "is_active")
     fields = {name: value for name in names if (value := getattr(requested, name)) is not UNSET}
+    if requested.email is not UNSET:
+        fields["email"] = read_email(requested.email)
     if requested.password is not UNSET:
-        fields["password_hash"] = await context.sign_in.hash(requested.password)
-    return success(await context.accounts.change(tenant, id_, fields))
+        email = fields.get("email") or (await context.accounts.user(tenant, id_)).email
+        fields["password_hash"] = await context.sign_in.hash_new(requested.password, email)
+    return success(await context.accounts.change(tenant, id_, fields, actor=request.identity.actor))
 
 
 @endpoint(
@@ -166,7 +174,8 @@ async def update_user(request: Call, user_id: str) -> ASGIApp:
 )
 async def delete_user(request: Call, user_id: str) -> ASGIApp:
     id_ = path_id(user_id, "user_id")
-    return success(await context_of(request).accounts.change(await _tenant(request), id_, {"deleted_at": now()}))
+    accounts, tenant = context_of(request).accounts, await admins_tenant(request)
+    return success(await accounts.change(tenant, id_, {"deleted_at": now()}, actor=request.identity.actor))
 
 
 @endpoint(
@@ -181,10 +190,11 @@ async def delete_user(request: Call, user_id: str) -> ASGIApp:
 )
 async def restore_user(request: Call, user_id: str) -> ASGIApp:
     id_ = path_id(user_id, "user_id")
-    return success(await context_of(request).accounts.restore(await _tenant(request), id_))
+    accounts, tenant = context_of(request).accounts, await admins_tenant(request)
+    return success(await accounts.restore(tenant, id_, actor=request.identity.actor))
 
 
-async def _tenant(request: Call) -> str:
+async def admins_tenant(request: Call) -> str:
     """Returns the caller's tenant. Raises Unauthenticated for a former admin whose token is still valid, because such a
     user could make itself an admin again."""
     identity = request.identity

@@ -6,18 +6,18 @@ import json
 import time
 from functools import partial
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import click
 from aio_pika.abc import AbstractConnection
 from rich.live import Live
 
-from services.sync.cli import journal, orders, status_screen, users, waterfall
+from services.sync.cli import journal, orders, restaurants, status_screen, users, waterfall
 from services.sync.cli.menu import dishes_between, edit_dish
 from services.sync.cli.orders import order_id_of
 from services.sync.cli.seed import Seeder
 from services.sync.cli.trace_search import find_traces
-from services.sync.cli.user_accounts import users_between
+from services.sync.cli.user_accounts import note_token, revoke_token, users_between
 from services.sync.command_options import Number, OrderName, WholeNumber
 from services.sync.command_output import console
 from services.sync.command_session import CommandSession, run
@@ -121,7 +121,7 @@ def seed_command(as_json: bool) -> None:
     settings = Settings.load()
     seeded = run(_seed(settings))
     if as_json:
-        click.echo(json.dumps({**seeded, "sync_token": settings.sync_token}))
+        click.echo(json.dumps(seeded))
     else:
         click.echo(
             f"{seeded['restaurant_slug']}: {seeded['created']} created; it has {len(seeded['menu_item_ids'])} dishes"
@@ -132,7 +132,7 @@ def seed_command(as_json: bool) -> None:
 async def _seed(settings: Settings) -> dict[str, Any]:
     tokens = Tokens.of(settings)
     async with CommandSession(settings) as session:
-        seeder = Seeder(session.postgres, session.mirror, session.rail, tokens, settings.jwt_secret)
+        seeder = Seeder(session.postgres, session.mirror, session.rail, tokens)
         return await seeder.seed()
 
 
@@ -142,15 +142,25 @@ async def _seed(settings: Settings) -> dict[str, Any]:
 @click.option("--user", type=IdArgument("user", users_between), help="id of the user, or its prefix; default: a new id")
 @click.option("--email", default="")
 @click.option("--session", help="id of the customer's session")
-def token_command(role: str, restaurant: str | None, user: str | None, email: str, session: str | None) -> None:
-    """Print a token that the services accept."""
+@click.option("--revoke", "revoked", type=click.UUID, metavar="ID", help="revoke a token by the id printed with it")
+def token_command(
+    role: str, restaurant: str | None, user: str | None, email: str, session: str | None, revoked: UUID | None
+) -> None:
+    """Print a token that the services accept, for at most 24 hours. The audit notes it, and --revoke ends it."""
     settings = Settings.load()
+    if revoked is not None:
+        run(revoke_token(settings, str(revoked)))
+        return
     identity = Identity(user or str(uuid4()), Role(role), restaurant or "", email, session)
     if identity.role is not Role.OPERATOR and restaurant is None:
         raise click.UsageError("every role except operator needs --restaurant")
     if identity.role is Role.CUSTOMER and not session:
         raise click.UsageError("the role customer needs --session")
-    click.echo(Tokens.of(settings).issue(identity))
+    tokens = Tokens.of(settings)
+    tokens.require_signing()
+    epoch, family = run(note_token(settings, identity))
+    click.echo(f"token {family}; revoke it with: ticketrail token --revoke {family}", err=True)
+    click.echo(tokens.issue(identity, epoch=epoch, family=family))
 
 
 @main.command("dish")
@@ -244,6 +254,7 @@ for command in (
     *maintenance_commands.COMMANDS,
     *mirror_commands.COMMANDS,
     *orders.COMMANDS,
+    *restaurants.COMMANDS,
     *users.COMMANDS,
 ):
     main.add_command(command)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from services.sync.cli.user_accounts import add_user
+from services.sync.cli.user_accounts import add_user, token_epoch
 from shared.entities import menu_item, table
 from shared.entities.contract import encode, now
 from shared.entities.entity import Entity
@@ -25,6 +25,8 @@ from shared.rail.head import Heads
 from shared.rail.idempotency import Creations
 from shared.rail.outcomes import ClaimLost, Committed
 from shared.restaurants import Restaurant
+from shared.security.api_keys import derived_key
+from shared.security.permissions import Scope
 from shared.security.tokens import Identity, Role, Tokens
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/demo")
@@ -68,10 +70,18 @@ _INSERT_RESTAURANT = (
     "insert into restaurants (id, slug, name, currency, time_zone, cutoff_hour, tax_basis_points)"
     " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing"
 )
-_INSERT_TERMINAL = (
-    "insert into terminals (id, restaurant_id, name, api_key_sha256) values ($1, $2, $3, $4)"
-    " on conflict (id) do update set api_key_sha256 = excluded.api_key_sha256"
+_INSERT_TERMINAL = "insert into terminals (id, restaurant_id, name) values ($1, $2, $3) on conflict (id) do nothing"
+_INSERT_KEY = (
+    "insert into api_keys (id, restaurant_id, prefix, key_sha256, name, scopes, terminal_id, created_by)"
+    " values ($1, $2, $3, $4, $5, $6, $7, 'seed') on conflict (id) do update"
+    " set prefix = excluded.prefix, key_sha256 = excluded.key_sha256, revoked_at = null, revoked_by = null"
 )
+_TOKEN_SECONDS = 7 * 24 * 3600
+_KEYS = {
+    "terminal": (Scope.TERMINAL,),
+    "sync": (Scope.SYNC_WRITE,),
+    "web-shop": (Scope.MENU_READ, Scope.ORDERS_WRITE),
+}
 
 
 def _derived_secret(secret: str, purpose: str, length: int) -> str:
@@ -83,15 +93,16 @@ def _id(*names: str) -> str:
 
 
 class Seeder:
-    def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens, secret: str) -> None:
-        """`postgres`: a pool of the writer role. The demo terminal's key and the demo users' password are derived from
-        `secret`, so every seeding gives the same ones."""
+    def __init__(self, postgres: Postgres, mirror: Mirror, rail: Rail, tokens: Tokens) -> None:
+        """`postgres`: a pool of the writer role. The API keys and the users' password of the demo are derived from
+        the key that signs tokens, so every seeding gives the same ones. Raises BadKey if `tokens` can only verify."""
+        secret = tokens.derived_secret("demo").hex()
         self._postgres = postgres
         self._mirror = mirror
         self._heads = Heads(mirror, lambda _: postgres.connection())
         self._creations = Creations(rail, self._heads)
         self._tokens = tokens
-        self._api_key = _derived_secret(secret, "demo-terminal", 40)
+        self._keys = {name: derived_key(secret, f"demo-{name}") for name in _KEYS}
         self._password = _derived_secret(secret, "demo-password", 20)
 
     async def seed(self) -> dict[str, Any]:
@@ -99,6 +110,7 @@ class Seeder:
         restaurant, terminal = _RESTAURANT, _id("terminal")
         async with self._postgres.connection() as connection:
             await self._insert_accounts(connection, restaurant, terminal)
+            epochs = {role: await token_epoch(connection, _id("user", role)) for role in Role}
         # If this fails, the mirror writer adds the restaurant the next time that it fills the mirror.
         with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):
             await self._mirror.keep_restaurant(restaurant.id, encode(restaurant))
@@ -133,10 +145,15 @@ class Seeder:
             "created": created,
             "restaurant_id": restaurant.id,
             "restaurant_slug": restaurant.slug,
-            "tokens": {role.value: self._tokens.issue(self._identity_of(role)) for role in Role},
+            "tokens": {
+                role.value: self._tokens.issue(self._identity_of(role), epoch=epochs[role], ttl_seconds=_TOKEN_SECONDS)
+                for role in Role
+            },
             "emails": {role.value: email for role, email in _USERS.items()},
             "password": self._password,
-            "terminal": {"id": terminal, "api_key": self._api_key},
+            "terminal": {"id": terminal, "api_key": self._keys["terminal"].text},
+            "sync_token": self._keys["sync"].text,
+            "web_shop_key": self._keys["web-shop"].text,
             "menu_item_ids": [dish.id for dish in dishes],
             "table_ids": [dining_table.id for dining_table in tables],
         }
@@ -164,8 +181,20 @@ class Seeder:
                     name=f"Demo {role}",
                     id_=_id("user", role),
                 )
-            key = hashlib.sha256(self._api_key.encode()).digest()
-            await connection.execute(_INSERT_TERMINAL, terminal, restaurant.id, "Demo terminal", key)
+            await connection.execute(_INSERT_TERMINAL, terminal, restaurant.id, "Demo terminal")
+            for name, key in self._keys.items():
+                of_terminal = terminal if name == "terminal" else None
+                scopes = [scope.value for scope in _KEYS[name]]
+                await connection.execute(
+                    _INSERT_KEY,
+                    _id("api-key", name),
+                    restaurant.id,
+                    key.prefix,
+                    key.digest,
+                    f"Demo {name}",
+                    scopes,
+                    of_terminal,
+                )
 
     def _identity_of(self, role: Role) -> Identity:
         return Identity(

@@ -1,7 +1,7 @@
-"""The cleanup deletes expired data: refresh tokens, the progress of imports that were not resumed for 30 days, old
-heartbeats, dead letters and replays that were closed longer ago than their retention, and trace files that are older
-than a week. Orders, changes and open dead letters are never deleted. The cleanup is idempotent, and two cleanups may
-run at the same time.
+"""The cleanup deletes expired data: refresh tokens, one-time codes, revocations, the audit of identity after 400 days,
+the progress of imports that were not resumed for 30 days, old heartbeats, dead letters and replays that were closed
+longer ago than their retention, and trace files that are older than a week. Orders, changes and open dead letters are
+never deleted. The cleanup is idempotent, and two cleanups may run at the same time.
 """
 
 import asyncio
@@ -19,6 +19,9 @@ log = structlog.get_logger(__name__)
 # An expired token stays for a week, so that a second use of it is still detected.
 _EXPIRED_TOKENS = "delete from refresh_tokens where expires_at < now() - interval '7 days'"
 _REVOKED_TOKENS = "delete from refresh_tokens where revoked_at < now() - interval '7 days'"
+_CODES = "delete from one_time_codes where expires_at < now() - interval '7 days'"
+_IDENTITY_EVENTS = "delete from identity_events where at < now() - interval '400 days'"
+_REVOCATIONS = "delete from revocations where until < now()"
 _IMPORTS = "delete from imports where updated_at < now() - interval '30 days'"
 _HEARTBEATS = "delete from heartbeats where at < now() - interval '1 hour'"
 _TRACE_DAYS = 7.0
@@ -52,7 +55,9 @@ class Cleanup:
     async def clean(self) -> dict[str, int]:
         """Deletes expired data. Returns kind -> number of deleted rows or files. Raises one of UNAVAILABLE."""
         async with self._postgres.connection() as connection:
-            tokens = [await connection.execute(statement) for statement in (_EXPIRED_TOKENS, _REVOKED_TOKENS)]
+            tokens = [await connection.execute(statement) for statement in (_EXPIRED_TOKENS, _REVOKED_TOKENS, _CODES)]
+            events = await connection.execute(_IDENTITY_EVENTS)
+            revocations = await connection.execute(_REVOCATIONS)
             imports = await connection.execute(_IMPORTS)
             heartbeats = await connection.execute(_HEARTBEATS)
             days = self._settings.dead_letter_retention_days
@@ -60,6 +65,8 @@ class Cleanup:
             replays = await retention.remove_ended_jobs(connection, days)
         return {
             "tokens": sum(_rows(status) for status in tokens),
+            "identity_events": _rows(events),
+            "revocations": _rows(revocations),
             "imports": _rows(imports),
             "heartbeats": _rows(heartbeats),
             "dead_letters": dead_letters,

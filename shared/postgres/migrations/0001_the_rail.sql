@@ -29,7 +29,6 @@ create table terminals (
     id uuid primary key,
     restaurant_id uuid not null references restaurants,
     name text not null,
-    api_key_sha256 bytea not null,
     created_at timestamptz not null default now()
 );
 

@@ -186,10 +186,13 @@ alter table users
     add password_hash text,
     add request_hash text,
     add is_active boolean not null default true,
+    -- Access tokens carry the epoch of their sign-in. Ending all sessions of a user raises it (end_sessions_of).
+    add token_epoch int not null default 0,
     add updated_at timestamptz not null default now(),
     add deleted_at timestamptz;
 alter table users drop constraint users_email_key;
-create unique index users_by_email on users (lower(email)) where deleted_at is null;
+-- The services store emails in one form (shared/security/emails.py), so equal texts are equal emails.
+create unique index users_by_email on users (email) where deleted_at is null;
 create index users_of_restaurant on users (restaurant_id, created_at desc, id desc);
 
 -- Each sign-in begins a family of tokens, and each token is used once. The table holds only hashes, so that a leaked
@@ -207,6 +210,18 @@ create index refresh_tokens_of_family on refresh_tokens (family);
 create index refresh_tokens_of_user on refresh_tokens (user_id);
 create index refresh_tokens_by_expiry on refresh_tokens (expires_at);
 
+-- Access tokens that are refused before they expire. Every service reads the new rows every two seconds
+-- (shared/security/revoked.py).
+create table revocations (
+    id bigint generated always as identity primary key,
+    subject text not null,         -- user:<id> or family:<id>
+    epoch int not null,            -- refused are tokens of the subject with a smaller epoch; in tokens, a family has 0
+    noted_at timestamptz not null default clock_timestamp(),
+    until timestamptz not null     -- the last token that the row refuses has expired by then
+);
+create index revocations_by_time on revocations (noted_at);
+create index revocations_by_end on revocations (until);
+
 -- The api role sees only the users of its tenant. The functions below return one row at a time to a caller whose tenant
 -- is not known yet.
 alter table users enable row level security;
@@ -222,7 +237,8 @@ grant select (id, restaurant_id, email, name, role, is_active, created_at, updat
     on users to ticketrail_api;
 grant select (name, is_active, updated_at, deleted_at) on users to ticketrail_ops;
 grant insert on restaurants to ticketrail_api;
-grant select, delete on refresh_tokens to ticketrail_writer;
+grant select, delete on refresh_tokens, revocations to ticketrail_writer;
+grant select on revocations to ticketrail_api;
 
 -- A request with an Idempotency-Key that added a user has a password in it, so its hash is as secret as password_hash.
 create function request_of_user(given_id uuid) returns text
@@ -239,72 +255,112 @@ returns table (id text, restaurant_id text, email text, name text, role text, pa
 language sql stable security definer set search_path = public, pg_temp as $$
     select u.id::text, u.restaurant_id::text, u.email, u.name, u.role, u.password_hash
     from users u
-    where lower(u.email) = lower(given_email) and u.deleted_at is null and u.is_active
+    where u.email = given_email and u.deleted_at is null and u.is_active
 $$;
 
 -- Each function that begins, rotates or ends a session locks the row of its user first. A password change, the
 -- deactivation of a user and the reuse of a token therefore also end a session that begins at the same moment.
 
--- `known`: the password hash that the service has verified. Returns false if the hash has changed since, or if the user
--- is deactivated or deleted.
-create function begin_session(token bytea, of_user uuid, known text, ttl interval) returns boolean
+-- `known`: the password hash that the service has verified. Returns the family of the new session and the epoch of the
+-- user, or no row if the hash has changed since, or if the user is deactivated or deleted.
+create function begin_session(token bytea, of_user uuid, known text, ttl interval)
+returns table (family text, epoch int)
 language plpgsql security definer set search_path = public, pg_temp as $$
+declare
+    new_family uuid := gen_random_uuid();
 begin
-    perform from users u
+    select u.token_epoch into epoch from users u
         where u.id = of_user and u.password_hash = known and u.is_active and u.deleted_at is null
         for no key update;
     if not found then
-        return false;
+        return;
     end if;
     insert into refresh_tokens (token_sha256, family, user_id, expires_at)
-    values (token, gen_random_uuid(), of_user, now() + ttl);
-    return true;
+    values (token, new_family, of_user, now() + ttl);
+    perform note_session_event(of_user, 'signed_in');  -- 0008_identity.sql
+    family := new_family::text;
+    return next;
 end $$;
 
--- Rotates a refresh token. `outcome`: rotated, reused (the call then revokes the whole family) or invalid.
-create function rotate_session(old bytea, new bytea, ttl interval)
-returns table (outcome text, id text, restaurant_id text, email text, name text, role text)
+-- Ends a family of refresh tokens. `access_ttl`: the lifetime of its access tokens, which are refused from now on.
+create function end_family(of_family uuid, access_ttl interval) returns void
+language plpgsql security definer set search_path = public, pg_temp as $$
+begin
+    update refresh_tokens r set revoked_at = now() where r.family = of_family and r.revoked_at is null;
+    if found then
+        insert into revocations (subject, epoch, until) values ('family:' || of_family, 1, now() + access_ttl);
+    end if;
+end $$;
+
+-- Rotates a refresh token. `outcome`: rotated, repeated, reused (the call then ends the whole family) or invalid. `new` is
+-- derived from `old`. A use within ten seconds after the first one is `repeated` and gets the same successor, because two
+-- tabs of a browser share their token and may refresh at once.
+create function rotate_session(old bytea, new bytea, ttl interval, access_ttl interval)
+returns table (outcome text, id text, restaurant_id text, email text, name text, role text, family text, epoch int)
 language plpgsql security definer set search_path = public, pg_temp as $$
 declare
     known refresh_tokens;
+    usable boolean;
 begin
     perform from users u where u.id = (select r.user_id from refresh_tokens r where r.token_sha256 = old)
         for no key update;
     select * into known from refresh_tokens r where r.token_sha256 = old;
-    if known.used_at is not null then
-        update refresh_tokens r set revoked_at = coalesce(r.revoked_at, now()) where r.family = known.family;
-        return query select 'reused', null::text, null::text, null::text, null::text, null::text;
-    elsif known.user_id is null or known.revoked_at is not null or known.expires_at <= now()
-        or not exists (select from users u where u.id = known.user_id and u.is_active and u.deleted_at is null) then
-        return query select 'invalid', null::text, null::text, null::text, null::text, null::text;
-    else
+    usable := known.revoked_at is null and known.expires_at > now()
+        and exists (select from users u where u.id = known.user_id and u.is_active and u.deleted_at is null);
+    if known.used_at is null and usable then
         update refresh_tokens r set used_at = now() where r.token_sha256 = old;
         insert into refresh_tokens (token_sha256, family, user_id, expires_at)
         values (new, known.family, known.user_id, now() + ttl);
-        return query select 'rotated', u.id::text, u.restaurant_id::text, u.email, u.name, u.role
-            from users u where u.id = known.user_id;
+        outcome := 'rotated';
+    elsif usable and known.used_at between now() - interval '10 seconds' and now()
+        and exists (select from refresh_tokens r where r.token_sha256 = new and r.family = known.family) then
+        outcome := 'repeated';
+    elsif known.used_at is not null then
+        perform end_family(known.family, access_ttl);
+        perform note_session_event(known.user_id, 'refresh_token_reused');
+        outcome := 'reused';
+    else
+        outcome := 'invalid';
+    end if;
+    if outcome in ('rotated', 'repeated') then
+        return query select outcome, u.id::text, u.restaurant_id::text, u.email, u.name, u.role, known.family::text,
+            u.token_epoch from users u where u.id = known.user_id;
+    else
+        return next;
     end if;
 end $$;
 
-create function end_session(token bytea) returns void
+create function end_session(token bytea, access_ttl interval) returns void
 language plpgsql security definer set search_path = public, pg_temp as $$
 begin
     perform from users u where u.id = (select r.user_id from refresh_tokens r where r.token_sha256 = token)
         for no key update;
-    update refresh_tokens set revoked_at = coalesce(revoked_at, now())
-    where family = (select family from refresh_tokens where token_sha256 = token);
+    perform note_session_event(r.user_id, 'signed_out') from refresh_tokens r
+        where r.token_sha256 = token and r.revoked_at is null;
+    perform end_family((select r.family from refresh_tokens r where r.token_sha256 = token), access_ttl);
 end $$;
 
--- Ends all sessions of a user. Call it in the transaction that changes the password or deactivates the user.
+-- Ends all sessions of a user. Call it in the transaction that changes the password or deactivates the user. The row of
+-- `revocations` stays longer than the longest lifetime of a token, 30 days in production.
 create function end_sessions_of(of_user uuid) returns void
-language sql security definer set search_path = public, pg_temp as $$
-    update refresh_tokens set revoked_at = now() where user_id = of_user and revoked_at is null
-$$;
+language plpgsql security definer set search_path = public, pg_temp as $$
+declare
+    new_epoch int;
+begin
+    update users set token_epoch = token_epoch + 1 where id = of_user returning token_epoch into new_epoch;
+    if found then
+        update refresh_tokens set revoked_at = now() where user_id = of_user and revoked_at is null;
+        insert into revocations (subject, epoch, until)
+        values ('user:' || of_user, new_epoch, now() + interval '31 days');
+    end if;
+end $$;
 
 revoke execute on function sign_in_user(text), begin_session(bytea, uuid, text, interval),
-    rotate_session(bytea, bytea, interval), end_session(bytea), end_sessions_of(uuid) from public;
+    rotate_session(bytea, bytea, interval, interval), end_session(bytea, interval), end_family(uuid, interval),
+    end_sessions_of(uuid) from public;
 grant execute on function sign_in_user(text), begin_session(bytea, uuid, text, interval),
-    rotate_session(bytea, bytea, interval), end_session(bytea), end_sessions_of(uuid) to ticketrail_api;
+    rotate_session(bytea, bytea, interval, interval), end_session(bytea, interval), end_sessions_of(uuid) to ticketrail_api;
+grant execute on function end_sessions_of(uuid) to ticketrail_writer;
 
 -- The position of each import, by the digest of its source. An interrupted import continues there.
 create table imports (
