@@ -36,7 +36,7 @@ BACKENDS = tuple(
     )
 )
 """The variables that choose the system if the environment or `.env` has one of them, as in a container."""
-_ALWAYS_WRITTEN = frozenset({HOME, *BACKENDS, f"{PREFIX}JWT_SECRET", f"{PREFIX}SYNC_TOKEN", f"{PREFIX}WORKER_PORT"})
+_ALWAYS_WRITTEN = frozenset({HOME, *BACKENDS, f"{PREFIX}JWT_SECRET", f"{PREFIX}WORKER_PORT"})
 """The variables that every `system.env` has. The last of them is close to the end of the file, so a file that lost its
 end lacks it."""
 

@@ -40,6 +40,9 @@ class Demo:
     """The password of every user of the demo."""
     terminal: dict[str, str]
     sync_token: str
+    """The API key with the scope `sync:write`, for `POST /api/sync/order`."""
+    web_shop_key: str
+    """The API key with the scopes `menu:read` and `orders:write`."""
     menu_item_ids: list[str]
     table_ids: list[str]
     database_url: str

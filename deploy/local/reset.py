@@ -18,7 +18,7 @@ from shared.settings_loading import exit_on_bad_settings
 
 _CREATED_BY_RUN = (
     "postgres", "redis", "rabbitmq", "journal", "traces", "logs",
-    "demo.json", "layout.json", "run.pids", "secret", "sync_token", "system.env",
+    "demo.json", "layout.json", "run.pids", "secret", "system.env",
 )  # fmt: skip
 
 

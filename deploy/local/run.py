@@ -133,8 +133,7 @@ class System:
             seeded: dict[str, Any] = json.loads(await self.cli("seed", "--json"))
         known = {field.name for field in dataclasses.fields(demo.Demo)}
         self.demo = demo.Demo(
-            **{"sync_token": self.env["TICKETRAIL_SYNC_TOKEN"]}
-            | {name: value for name, value in seeded.items() if name in known},
+            **{name: value for name, value in seeded.items() if name in known},
             orders_url=self.urls["orders"],
             sync_url=self.urls["sync_api"],
             notifier_url=self.urls["notifier"],

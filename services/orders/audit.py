@@ -1,4 +1,4 @@
-"""Reads the changes in PostgreSQL for the audit."""
+"""Reads the changes and the audit of identity in PostgreSQL."""
 
 from datetime import datetime
 from typing import Any
@@ -7,6 +7,8 @@ from shared.entities import order, registry
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
+IDENTITIES = ("user", "api_key")
+"""What has no changes, because it is identity; `identity_events` says what happened to it."""
 _FREQUENT_ENTITY = order.ENTITY.name
 """Nearly all changes are changes of orders. The changes of other entities have their own index (changes_newest_of)."""
 
@@ -39,6 +41,35 @@ async def changes(
     rows = await connection.fetch(
         "select t.change_id::text, t.entity, t.entity_id::text, t.version, t.type, t.source, t.accepted_at, t.actor,"  # noqa: S608
         f" t.data::text from changes t where {where} order by t.accepted_at desc, t.change_id desc limit {int(limit)}",
+        *where.values,
+    )
+    return [dict(row) for row in rows]
+
+
+async def identity_events(
+    connection: Connection,
+    restaurant: str,
+    *,
+    start: datetime | None,
+    end: datetime | None,
+    entity: str,
+    entity_id: str | None,
+    actor: str | None,
+    before: tuple[datetime, str] | None,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """Returns what happened to users or API keys, newest first. The arguments are those of `changes`."""
+    where = Conditions(restaurant)
+    where.add("t.entity = {}", entity)
+    if entity_id is not None:
+        where.add("t.entity_id = {}", entity_id)
+    if actor is not None:
+        where.add("t.actor = {}", actor)
+    where.between("t.at, t.id", start, end, before)
+    rows = await connection.fetch(
+        "select t.id::text as change_id, t.entity, t.entity_id::text, null::int as version,"  # noqa: S608
+        " 'ticketrail.' || t.entity || '.' || t.action as type, 'identity' as source, t.at as accepted_at, t.actor,"
+        f" t.changed::text from identity_events t where {where} order by t.at desc, t.id desc limit {int(limit)}",
         *where.values,
     )
     return [dict(row) for row in rows]

@@ -19,6 +19,7 @@ from shared.entities.job import BayJob, JobStage
 from shared.errors import Conflict, InvalidInput, NotFound
 from shared.http.endpoint import ListQuery
 from shared.restaurants import Restaurant
+from shared.security.emails import read_email
 from shared.security.tokens import Identity
 
 Fields = dict[str, Any]
@@ -215,7 +216,10 @@ def _sort_key(queued: list[BayJob], position: int, state: BayJob) -> str:
 # -- customers and stock -----------------------------------------------------------------------------------------
 
 
-def _with_e164_phone(fields: Fields, context: Context) -> Fields:
+def _with_plain_contacts(fields: Fields, context: Context) -> Fields:
+    """Returns the fields with the email and the phone number in the forms in which they are stored."""
+    if fields.get("email") is not None:
+        fields = {**fields, "email": read_email(fields["email"])}
     if fields.get("phone") is not None:
         return {**fields, "phone": e164(fields["phone"], context.restaurant.settings.country)}
     return fields
@@ -353,8 +357,8 @@ RESOURCES = (
         query=requests.CustomersQuery,
         normalize_query=_with_e164_query,
         example={"name": "Ada", "phone": "+4930123456"},
-        new_fields=_with_e164_phone,
-        changed_fields=lambda _, fields, context: ("updated", _with_e164_phone(fields, context)),
+        new_fields=_with_plain_contacts,
+        changed_fields=lambda _, fields, context: ("updated", _with_plain_contacts(fields, context)),
         derive=lambda figures, restaurant, _, states: figures.totals(restaurant, states),
         derived_types={"loyalty_points": int | None, "total_spent": int | None, "visits": int | None},
     ),

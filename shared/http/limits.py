@@ -10,6 +10,7 @@ process uses a bucket of its own.
 import asyncio
 import math
 import time
+from contextlib import suppress
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from weakref import WeakValueDictionary
@@ -80,6 +81,15 @@ class TokenBucket:
                 except (MirrorUnavailable, MirrorInDoubt):
                     pass  # the local bucket takes over
         return self._take_locally(caller, time.monotonic())
+
+    async def give_back(self, caller: str) -> None:
+        """Returns one token that `take` took."""
+        self._taken.pop(caller, None)  # the bucket may have been empty
+        if (local := self._local.get(caller)) is not None:
+            local.tokens = min(self.rate.capacity, local.tokens + 1)
+        if self._mirror is not None and self._mirror.available:
+            with suppress(MirrorUnavailable, MirrorInDoubt):  # the token is lost, and the bucket fills by itself
+                await self._mirror.give_back_token(f"{self._kind}:{caller}", self.rate.capacity, self.rate.per_second)
 
     def _spend_taken(self, caller: str) -> tuple[float, int] | None:
         """Spends a token that this process has already taken. Returns the same as `take`, or None if the process must

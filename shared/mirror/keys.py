@@ -19,11 +19,12 @@
     ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids
     ticketrail:bucket:<caller>       hash   t tokens, at (ms): a token bucket of the rate limits
+    ticketrail:familiar:<caller>     text   1: this account has signed in from this address; expires
 
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """
 
-LAYOUT_VERSION = 6
+LAYOUT_VERSION = 7
 """Raise this number with every change of a name, type or field above, so that data with another layout is not used."""
 
 WARM = "ticketrail:warm"
@@ -65,6 +66,10 @@ def stock(restaurant: str, inventory_item: str) -> str:
 
 def bucket(caller: str) -> str:
     return f"ticketrail:bucket:{caller}"
+
+
+def familiar(caller: str) -> str:
+    return f"ticketrail:familiar:{caller}"
 
 
 def restaurant(restaurant_id: str) -> str:

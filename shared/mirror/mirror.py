@@ -378,6 +378,16 @@ class Mirror:
         taken, left, wait = await self._redis.script("bucket", [keys.bucket(caller)], [capacity, rate, requested, 1])
         return int(taken), int(left), int(wait) / 1000
 
+    async def give_back_token(self, caller: str, capacity: int, rate: float) -> None:
+        await self._redis.script("bucket", [keys.bucket(caller)], [capacity, rate, -1, -1])
+
+    async def make_familiar(self, caller: str, ttl_seconds: int) -> None:
+        """Notes that a caller, an account at an address, has signed in."""
+        await self._redis.call("SET", keys.familiar(caller), 1, "EX", ttl_seconds)
+
+    async def is_familiar(self, caller: str) -> bool:
+        return bool(await self._redis.call("EXISTS", keys.familiar(caller)))
+
     # -- restaurants -------------------------------------------------------------------------------------------
 
     async def keep_restaurant(self, restaurant_id: str, encoded: bytes) -> None:

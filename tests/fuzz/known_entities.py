@@ -26,6 +26,8 @@ class KnownEntities(Struct, frozen=True):
     admin_id: str
     choice: dict[str, str]
     """A customization that every dish has."""
+    sync_token: str
+    """An API key with the scope `sync:write`."""
 
 
 async def prepare(system: System) -> KnownEntities:
@@ -36,11 +38,15 @@ async def prepare(system: System) -> KnownEntities:
         session, restaurant = registered["session"], registered["restaurant"]["id"]
         tokens = {"admin": session["access_token"]}
         client.headers["Authorization"] = f"Bearer {tokens['admin']}"
+        key = await _post(client, "/api/api-keys", {"name": "Fuzz", "scopes": ["sync:write"]})
         referenced = await _make_entities(client, 2) | {"slug": [slug], "restaurant_id": [restaurant]}
         page = (await client.get("/api/tables?limit=1")).json()["pagination"]
         referenced |= {"cursor": [page["next_cursor"]], "fields": ["created_at,version,sync"]}
         changed = await _make_entities(client, 4) | {
-            "user_id": [await _user(client, f"{n}@{slug}.example") for n in "123"]
+            "user_id": [await _user(client, f"{n}@{slug}.example") for n in "123"],
+            "api_key_id": [
+                (await _post(client, "/api/api-keys", {"name": n, "scopes": ["menu:read"]}))["id"] for n in "123"
+            ],
         }
         staff = {**credentials, "email": f"1@{slug}.example"}
         tokens["staff"] = (await _post(client, "/api/auth/login", staff))["access_token"]
@@ -50,7 +56,8 @@ async def prepare(system: System) -> KnownEntities:
             await client.delete(f"{path}/{changed[name][-1]}")
         client.headers["Authorization"] = f"Bearer {tokens['customer']}"
         changed["order_id"].append(await _make(client, "/api/orders", _order(referenced)))
-    return KnownEntities(tokens, changed, referenced, session["user"]["id"], {"name": "size", "option": "large"})
+    choice = {"name": "size", "option": "large"}
+    return KnownEntities(tokens, changed, referenced, session["user"]["id"], choice, key["key"])
 
 
 _PATHS = {

@@ -33,7 +33,14 @@ RUNS: list[tuple[str, str | None]] = [
 
 def fuzz_settings() -> dict[str, Any]:
     """Returns settings that let a system accept all requests of a run."""
-    return {**PATIENT, "sign_in_attempts_per_account": 1_000_000, "sign_in_attempts_per_address": 1_000_000}
+    return {
+        **PATIENT,
+        "sign_in_failures_per_account_and_address": 1_000_000,
+        "sign_in_failures_per_account": 1_000_000,
+        "sign_in_failures_per_address": 1_000_000,
+        "account_changes_per_address": 1_000_000,
+        "table_sessions_per_table_and_address": 1_000_000,
+    }
 
 
 class Outcome(Struct, frozen=True):
@@ -53,7 +60,7 @@ async def fuzz(system: System, service: str, role: str | None, *arguments: str) 
     folder = system.directory / f"fuzz-{service}-{role}"
     folder.mkdir(exist_ok=True)
     config, known, counted = folder / "schemathesis.toml", folder / "entities.json", folder / "counted.json"
-    config.write_text(_config(entities.tokens.get(role or ""), system.demo["sync_token"], service))
+    config.write_text(_config(entities.tokens.get(role or ""), entities.sync_token, service))
     known.write_bytes(msgspec.json.encode(entities))
     process = await asyncio.create_subprocess_exec(
         sys.executable,

@@ -11,7 +11,6 @@ from msgspec import structs
 from shared.entities import order as orders
 from shared.entities.contract import Lane, encode
 from shared.rail.journal import Journal
-from shared.settings import Settings
 from tests.rigs.builders import change, message, order, payment
 from tests.rigs.command_line import in_terminal, ticketrail
 from tests.rigs.dead_letters import OperatorRig
@@ -54,7 +53,7 @@ async def earlier_order(ops_rig: OperatorRig, number: str, restaurant: Restauran
             "created_at": "2026-03-14T12:00:00Z",
             "items": [{"name": "Margherita", "quantity": 1, "unit_price": 980}],
         }
-        headers = {"x-sync-token": Settings.model_fields["sync_token"].default}
+        headers = {"x-sync-token": await (restaurant or ops_rig.restaurant).api_key("sync:write")}
         id_ = str(expect(await client.post("/api/sync/order", json=body, headers=headers))["id"])
     await in_postgres(ops_rig, id_)
     return id_

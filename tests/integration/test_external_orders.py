@@ -1,7 +1,6 @@
 """POST /api/sync/order on a running system: orders of another system that arrive repeatedly and in any order."""
 
 import asyncio
-import hmac
 import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -13,20 +12,18 @@ import pytest
 
 from deploy.local.port_check import find_free
 from services.sync.command_session import CommandSession
-from services.sync.imports import routes
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.external_orders import ExternalOrder, order_id
 from shared.entities.contract import now
-from shared.errors import OutcomeUnknown, Unauthenticated, Unavailable
+from shared.errors import OutcomeUnknown, Unavailable
 from shared.http.bodies import read_body
 from shared.mirror import keys
-from shared.settings import Settings
+from shared.security.tokens import Role
 from tests.rigs.http_client import http_client
 from tests.rigs.link import Link, link_to
 from tests.rigs.restaurant import RestaurantRig, expect, refused, register_restaurant
 from tests.rigs.system import System, eventually, settings_of
 
-TOKEN = Settings.model_fields["sync_token"].default
 NAMES = ["Margherita", "House red"]
 
 
@@ -35,10 +32,16 @@ async def restaurant(system: System) -> RestaurantRig:
     return await register_restaurant(system, tax_basis_points=700)
 
 
+@pytest.fixture(scope="module")
+async def key(restaurant: RestaurantRig) -> str:
+    """The API key of the other system."""
+    return await restaurant.api_key("sync:write")
+
+
 @pytest.fixture
-async def other(system: System) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the sync API with the token of the other system."""
-    async with http_client(base_url=system.urls["sync"], headers={"x-sync-token": TOKEN}, timeout=10.0) as client:
+async def other(system: System, key: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the sync API with the API key of the other system."""
+    async with http_client(base_url=system.urls["sync"], headers={"x-sync-token": key}, timeout=10.0) as client:
         yield client
 
 
@@ -204,39 +207,50 @@ async def test_new_tax_rate_does_not_change_existing_orders(
 # -- token and body ------------------------------------------------------------------------------------------------
 
 
-async def test_request_without_the_sync_token_is_refused(restaurant: RestaurantRig, system: System) -> None:
+async def test_request_without_a_key_for_imports_is_refused(
+    restaurant: RestaurantRig, system: System, key: str
+) -> None:
     sent = body(restaurant)
-    wrong = ["", "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "é", system.token("admin")]
+    wrong = ["", "x", key[:-1], key + "x", key.upper(), "é", system.token("admin")]
     async with http_client(base_url=system.urls["sync"]) as client:
-        for token in (None, *wrong):
-            headers = [] if token is None else [(b"x-sync-token", token.encode("latin-1"))]
+        for token in wrong:
+            headers = [(b"x-sync-token", token.encode("latin-1"))]
             reply = await client.post("/api/sync/order", json=sent, headers=headers)
             refused(reply, 401, "unauthenticated", "x-sync-token")
-        # The token of a user is no sync token. A bad body gets the same reply, so the reply reveals nothing about it.
-        reply = await client.post(
-            "/api/sync/order", content=b"{", headers={"Authorization": f"Bearer {system.token('admin')}"}
-        )
-        assert reply.status_code == 401
+        refused(await client.post("/api/sync/order", json=sent), 401, "unauthenticated")
+        # A bad body gets the same reply, so the reply reveals nothing about it.
+        assert (await client.post("/api/sync/order", content=b"{")).status_code == 401
+        for text in (system.token("admin"), restaurant.token, await restaurant.api_key("orders:write", "menu:read")):
+            reply = await client.post("/api/sync/order", json=sent, headers={"Authorization": f"Bearer {text}"})
+            refused(reply, 403, "forbidden")
     async with restaurant.client() as staff:
         assert (await staff.get(f"/api/orders/{order_id(restaurant.id, sent['external_id'])}")).status_code == 404
 
 
-async def test_sync_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`hmac.compare_digest` compares values of equal length, however long the sent token is."""
-    compared: list[tuple[bytes, bytes]] = []
-    real = hmac.compare_digest
+async def test_key_of_another_restaurant_imports_nothing(restaurant: RestaurantRig, system: System) -> None:
+    sent, theirs = body(restaurant), await register_restaurant(system)
+    async with http_client(base_url=system.urls["sync"]) as client:
+        for restaurant_id in (restaurant.id, str(uuid4())):  # whether it exists is not revealed
+            headers = {"x-sync-token": await theirs.api_key("sync:write")}
+            reply = await client.post("/api/sync/order", json={**sent, "restaurant_id": restaurant_id}, headers=headers)
+            refused(reply, 403, "wrong_restaurant", "restaurant_id")
+    async with restaurant.client() as staff:
+        assert (await staff.get(f"/api/orders/{order_id(restaurant.id, sent['external_id'])}")).status_code == 404
 
-    def compare(given: bytes, expected: bytes) -> bool:
-        compared.append((given, expected))
-        return real(given, expected)
 
-    monkeypatch.setattr(hmac, "compare_digest", compare)
-    for token in ("x", "y" * 5_000):
-        with pytest.raises(Unauthenticated):
-            routes.check_token(token, "a token")
-    assert [(len(given), len(expected)) for given, expected in compared] == [(32, 32)] * 2
-    with pytest.raises(Unauthenticated):  # an empty setting accepts no token
-        routes.check_token("", "")
+async def test_key_works_in_either_header_and_is_the_actor_of_the_audit(
+    restaurant: RestaurantRig, system: System, key: str
+) -> None:
+    async with http_client(base_url=system.urls["sync"], headers={"Authorization": f"Bearer {key}"}) as client:
+        made = await send(client, body(restaurant))
+    async with restaurant.client(Role.ADMIN) as admin:
+        [listed] = [one for one in expect(await admin.get("/api/api-keys")) if key.startswith(f"trk_{one['prefix']}_")]
+
+        async def actors() -> list[str]:
+            found = expect(await admin.get("/api/audit", params={"entity_id": made["id"]}))
+            return [one["actor"] for one in found]
+
+        assert await eventually(actors, what="the import in the audit") == [listed["id"]]
 
 
 BAD_BODIES: list[tuple[dict[str, Any], str]] = [
@@ -269,7 +283,7 @@ async def test_unknown_restaurant_and_bodies_that_are_not_orders_are_refused(
     restaurant: RestaurantRig, other: httpx.AsyncClient
 ) -> None:
     unknown = await other.post("/api/sync/order", json=body(restaurant, restaurant_id=str(uuid4())))
-    refused(unknown, 404, "not_found", "restaurant_id")
+    refused(unknown, 403, "wrong_restaurant", "restaurant_id")
     for content in (b"", b"{", b"[]", b"null", b"\xff"):
         reply = await other.post("/api/sync/order", content=content)
         assert reply.status_code == 422
@@ -301,7 +315,7 @@ async def links(system: System) -> AsyncIterator[dict[str, Link]]:
 
 
 @pytest.fixture(scope="module")
-async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.AsyncClient]:
+async def second(system: System, key: str, links: dict[str, Link]) -> AsyncIterator[httpx.AsyncClient]:
     """A second instance of the sync API."""
     (port,) = find_free(1)
     system.start(
@@ -311,9 +325,7 @@ async def second(system: System, links: dict[str, Link]) -> AsyncIterator[httpx.
         rabbitmq_url=links["broker"].url,
         database_api_url=links["database"].url,
     )
-    async with http_client(
-        base_url=f"http://127.0.0.1:{port}", headers={"x-sync-token": TOKEN}, timeout=10.0
-    ) as client:
+    async with http_client(base_url=f"http://127.0.0.1:{port}", headers={"x-sync-token": key}, timeout=10.0) as client:
 
         async def ready() -> int:
             return (await client.get("/health/ready")).status_code

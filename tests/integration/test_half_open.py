@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from shared.settings import Settings
 from tests.rigs.http_client import http_client
 from tests.rigs.restaurant import RestaurantRig, made, register_restaurant
 from tests.rigs.system import System
@@ -133,7 +132,7 @@ async def test_slow_body_that_is_steady_enough_is_read(restaurant: RestaurantRig
 
 
 async def test_every_service_ends_a_body_that_does_not_come(system: System, restaurant: RestaurantRig) -> None:
-    sync_token = f"x-sync-token: {Settings(_env_file=None).sync_token}"
+    sync_token = f"x-sync-token: {system.demo['sync_token']}"
     begun = await asyncio.gather(
         begin(system.urls["sync"], "/api/sync/order", sync_token),
         begin(system.urls["orders"], "/api/tables", f"Authorization: Bearer {restaurant.token}"),

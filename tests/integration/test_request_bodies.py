@@ -9,7 +9,6 @@ from msgspec import Struct
 
 from shared.errors import InvalidInput
 from shared.http.bodies import MAX_BODY_BYTES, read_body
-from shared.settings import Settings
 from tests.rigs.system import System
 
 
@@ -25,7 +24,7 @@ async def test_body_over_a_megabyte_is_refused(system: System, service: str, pat
     def body(size: int) -> Any:
         return in_chunks(size) if chunked else b" " * size
 
-    token = {"x-sync-token": Settings(_env_file=None).sync_token}
+    token = {"x-sync-token": system.demo["sync_token"]}
     async with system.client(service=service) as client:
         for size, status in (
             (MAX_BODY_BYTES, 422),  # blanks are not JSON

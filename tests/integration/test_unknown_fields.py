@@ -18,7 +18,6 @@ from shared.entities.menu_item import ENTITY as MENU_ITEM
 from shared.entities.order import Order
 from shared.entities.overlay import with_field
 from shared.security.tokens import Role
-from shared.settings import Settings
 from tests.rigs import builders
 from tests.rigs.dead_letters import DEAD_LETTERS, OperatorRig
 from tests.rigs.forks import fork
@@ -90,7 +89,7 @@ async def test_every_reply_to_a_write_shows_the_fields(ops_rig: OperatorRig, ord
 
 
 async def test_an_order_of_another_system_keeps_the_fields(ops_rig: OperatorRig) -> None:
-    token = str(Settings.model_fields["sync_token"].default)
+    token = await ops_rig.restaurant.api_key("sync:write")
     sent = {
         "restaurant_id": ops_rig.restaurant_id,
         "external_id": f"pos-{uuid4().hex}",

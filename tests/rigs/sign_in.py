@@ -1,4 +1,4 @@
-"""Sign-in at an orders instance that allows few attempts and trusts a proxy. Each client has its own address."""
+"""Sign-in at an orders instance that allows few failures and trusts a proxy. Each client has its own address."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -13,7 +13,11 @@ from tests.rigs.http_client import http_client
 from tests.rigs.system import System
 
 PASSWORD = "long enough to be good"
-ATTEMPTS_PER_ACCOUNT, ATTEMPTS_PER_ADDRESS, GUEST_TOKEN_TTL_SECONDS = 5, 8, 900
+GUEST_TOKEN_TTL_SECONDS = 900
+FAILURE_WINDOW_SECONDS = 86_400  # so that no try comes back during a test
+FAILURES_PER_ACCOUNT_AND_ADDRESS = 10  # the default
+FAILURES_PER_ACCOUNT, FAILURES_PER_ADDRESS = 15, 60
+CHANGES_PER_ADDRESS, SESSIONS_PER_TABLE = 8, 12
 addresses = (f"198.51.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 
 
@@ -62,11 +66,15 @@ def new_email() -> str:
 
 @asynccontextmanager
 async def guarded(system: System) -> AsyncIterator[str]:
-    """Starts an orders instance that allows few attempts and trusts a proxy; yields its URL."""
+    """Starts an orders instance that allows few failures and trusts a proxy; yields its URL."""
     async with system.another_orders(
         "guarded",
-        sign_in_attempts_per_account=ATTEMPTS_PER_ACCOUNT,
-        sign_in_attempts_per_address=ATTEMPTS_PER_ADDRESS,
+        failure_window_seconds=FAILURE_WINDOW_SECONDS,
+        sign_in_failures_per_account_and_address=FAILURES_PER_ACCOUNT_AND_ADDRESS,
+        sign_in_failures_per_account=FAILURES_PER_ACCOUNT,
+        sign_in_failures_per_address=FAILURES_PER_ADDRESS,
+        account_changes_per_address=CHANGES_PER_ADDRESS,
+        table_sessions_per_table_and_address=SESSIONS_PER_TABLE,
         guest_token_ttl_seconds=GUEST_TOKEN_TTL_SECONDS,
     ) as url:
         yield url

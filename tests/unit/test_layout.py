@@ -19,7 +19,14 @@ from shared.mirror import keys
 from shared.rail import journal_file
 
 # The digest of each layout. A test compares it, so that a changed layout cannot keep its version.
-MIRROR_DIGESTS = {1: "41ce8e8d1973", 2: "0451e018077f", 4: "82595ff224f1", 5: "82595ff224f1", 6: "8b4912ad45e9"}
+MIRROR_DIGESTS = {
+    1: "41ce8e8d1973",
+    2: "0451e018077f",
+    4: "82595ff224f1",
+    5: "82595ff224f1",
+    6: "8b4912ad45e9",
+    7: "0a89d0f5a733",
+}
 JOURNAL_DIGESTS = {2: "0dbb7102afe5"}
 
 

@@ -10,8 +10,6 @@ from services.sync.id_argument import RESTAURANT
 from shared.security.tokens import Role
 from shared.settings import Settings
 
-_MIN_PASSWORD_CHARS = 10
-
 
 @click.group("user")
 def user_command() -> None:
@@ -28,8 +26,6 @@ def add_command(email: str, role: str, restaurant: str | None, name: str) -> Non
     """Add a user and print its id."""
     if (Role(role) is Role.OPERATOR) is (restaurant is not None):
         raise click.UsageError("every role except operator needs --restaurant; operator must not have it")
-    if "@" not in email:
-        raise click.UsageError("EMAIL must be an email address")
 
     async def add() -> str:
         async with connected(settings, settings.database_writer_url) as connection:
@@ -42,7 +38,7 @@ def add_command(email: str, role: str, restaurant: str | None, name: str) -> Non
                 name=name,
             )
 
-    settings, password = Settings.load(), _password()
+    settings, password = Settings.load(), read_password()
     click.echo(run(add()))
 
 
@@ -55,18 +51,15 @@ def password_command(email: str) -> None:
         async with connected(settings, settings.database_writer_url) as connection:
             await set_password(connection, email, password)
 
-    settings, password = Settings.load(), _password()
+    settings, password = Settings.load(), read_password()
     run(change())
 
 
-def _password() -> str:
+def read_password() -> str:
+    """Asks for a password in a terminal, and otherwise reads a line of standard input."""
     if sys.stdin.isatty():
-        found = click.prompt("Password", hide_input=True, confirmation_prompt=True)
-    else:
-        found = sys.stdin.readline().rstrip("\n")
-    if len(found) < _MIN_PASSWORD_CHARS:
-        raise click.UsageError(f"a password needs at least {_MIN_PASSWORD_CHARS} characters")
-    return str(found)
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
+    return sys.stdin.readline().rstrip("\n")
 
 
 COMMANDS = (user_command,)

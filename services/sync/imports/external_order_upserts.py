@@ -70,10 +70,13 @@ class ExternalOrderUpserts:
                 found.update(id_ for id_ in missing if id_ not in stored)
         return found
 
-    async def upsert(self, external: ExternalOrder, *, lane: Lane | None = None, new: bool = False) -> UpsertedOrder:
-        """Creates or updates the order. `lane`: None chooses the lane by the age of the order. `new`: neither store had
-        the order a moment ago, so `upsert` does not read it first; if the order exists by now, the claim fails and
-        `upsert` reads it. Raises InvalidInput, NotFound (no such restaurant), Conflict, Unavailable, OutcomeUnknown."""
+    async def upsert(
+        self, external: ExternalOrder, *, lane: Lane | None = None, new: bool = False, actor: str | None = None
+    ) -> UpsertedOrder:
+        """Creates or updates the order. `actor`: the API key that sent it. `lane`: None chooses the lane by the age of
+        the order. `new`: neither store had the order a moment ago, so `upsert` does not read it first; if the order
+        exists by now, the claim fails and `upsert` reads it. Raises InvalidInput, NotFound (no such restaurant),
+        Conflict, Unavailable, OutcomeUnknown."""
         restaurant = await self.restaurant(str(external.restaurant_id))
         deadline, tried = time.monotonic() + _WAIT_SECONDS, 0
         found: Standing | None = None
@@ -102,6 +105,7 @@ class ExternalOrderUpserts:
                 source=self._source,
                 lane=lane or lane_of_external(external, before, state, at),
                 keyed=True,
+                actor=actor,
             )
             lost: ClaimLost | None = None
             found = None

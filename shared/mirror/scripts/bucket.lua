@@ -1,6 +1,7 @@
 -- bucket: takes tokens out of a bucket that fills steadily; atomic for all instances of all services.
 -- KEYS  1 bucket: hash t tokens, at (ms)
 -- ARGV  1 capacity  2 tokens per second  3 maximum number of tokens to take  4 minimum number of tokens to take
+-- If both are -1, it puts one token back.
 -- Replies {taken, left (whole tokens), ms until the bucket has the minimum}. If the bucket has less than the minimum, it
 -- takes none.
 local time = redis.call('TIME')
