@@ -40,8 +40,8 @@ def run(work: Coroutine[Any, Any, Any], *, quiet: bool = False) -> Any:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL if quiet else logging.NOTSET),
     )
-    # Without a handler, Python prints the warnings of libraries, such as one for each attempt to connect.
-    logging.getLogger().handlers[:] = [logging.NullHandler()] if quiet else []
+    if quiet:  # without a handler, Python prints the warnings of libraries, such as one for each attempt to connect
+        logging.getLogger().addHandler(logging.NullHandler())
     try:
         return asyncio.run(work)
     except TicketrailError as error:
