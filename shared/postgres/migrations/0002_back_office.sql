@@ -312,7 +312,8 @@ begin
         insert into refresh_tokens (token_sha256, family, user_id, expires_at)
         values (new, known.family, known.user_id, now() + ttl);
         outcome := 'rotated';
-    elsif usable and known.used_at between now() - interval '10 seconds' and now()
+    -- A transaction that waited for the row of the user began before the first use: now() would be too early.
+    elsif usable and known.used_at between clock_timestamp() - interval '10 seconds' and clock_timestamp()
         and exists (select from refresh_tokens r where r.token_sha256 = new and r.family = known.family) then
         outcome := 'repeated';
     elsif known.used_at is not null then
