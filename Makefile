@@ -46,8 +46,9 @@ fuzz: bootstrap ## send invalid requests to all services; EXAMPLES=50 per route,
 chaos: bootstrap ## cause faults at random times under load, and prove that nothing is lost; SEED=7 MINUTES=10 CLIENTS=6
 	SEED=$(SEED) MINUTES=$(MINUTES) CLIENTS=$(CLIENTS) $(PYTHON) -m tests.chaos
 
-api: bootstrap ## write the documents of the APIs and events in docs/api from the code
+api: bootstrap ## write the documents in docs/api from the code, and a collection for Postman from them
 	$(PYTHON) -m tests.contract.documents
+	$(PYTHON) -m deploy.postman
 
 settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
 	$(PYTHON) -m deploy.settings_docs
