@@ -151,6 +151,9 @@ class Settings(BackendSettings):
     failure_window_seconds: PositiveFloat = SIGN_IN.setting(
         300.0, "The window of the following limits: one that is used up is whole again after this time.", unit="seconds"
     )
+    guest_orders_per_minute: PositiveInt = SIGN_IN.setting(
+        20, "The number of orders that a guest session may place within a minute.", unit="orders"
+    )
     sign_in_failures_per_account_and_address: PositiveInt = SIGN_IN.setting(
         10,
         "The maximum number of failed sign-ins for an account from one client address within the window.",

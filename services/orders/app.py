@@ -25,6 +25,7 @@ from services.orders.routes import API
 from services.orders.sign_in import SignIn
 from shared.entities.contract import now
 from shared.http.api_keys import ApiKeys
+from shared.http.limits import Rate, TokenBucket
 from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_service, settings_of_service
 from shared.lifecycle import freeze_memory
@@ -108,6 +109,11 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         accounts,
         SignIn(accounts, reads, tokens, mirror, settings),
         ApiKeyStore(postgres),
+        TokenBucket(
+            mirror,
+            "guest-orders",
+            Rate(settings.guest_orders_per_minute, settings.guest_orders_per_minute / 60),
+        ),
     )
     return OrdersParts(
         settings,

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from services.orders.entity_reads import Page
-from services.orders.views import state_view, sync_of
+from services.orders.views import hidden_from, state_view, sync_of
 from shared.entities.entity import Entity
 from shared.entities.selection import Selection
 from shared.errors import Forbidden, InvalidInput
@@ -49,19 +49,22 @@ def list_reply(
     entity: Entity,
     page: Page,
     query: ListQuery,
+    identity: Identity,
     derived: list[dict[str, Any]] | None = None,
     *,
     names: Iterable[str] = (),
 ) -> Reply:
     """Returns the reply of a list. `derived` has further fields of each entity in the order of the page, and `names`
-    has the names of these fields."""
-    shown = _shown_fields(entity, query.fields, names)
+    has the names of these fields. `identity`: the caller, from whom fields may be hidden."""
+    hidden = hidden_from(identity)
+    shown = _shown_fields(entity, query.fields, names, hidden)
     rows = [
         state_view(
             one.state,
             one.head,
-            sync_of(one),
+            sync_of(one, identity),
             shown=shown,
+            hidden=hidden,
             **(derived[index] if derived else {}),
         )
         for index, one in enumerate(page.found)
@@ -78,10 +81,12 @@ def _after(last: Any) -> str:
     return cursor_after(last.created_at, last.id)
 
 
-def _shown_fields(entity: Entity, fields: str | None, derived: Iterable[str]) -> frozenset[str] | None:
+def _shown_fields(
+    entity: Entity, fields: str | None, derived: Iterable[str], hidden: frozenset[str]
+) -> frozenset[str] | None:
     if fields is None:
         return None
-    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *derived} - {"request_hash"}
+    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *derived} - {"request_hash"} - hidden
     requested = {name.strip() for name in fields.split(",") if name.strip()}
     for name in sorted(requested - known):
         raise InvalidInput(f"unknown field {name!r}; known fields: {', '.join(sorted(known))}", field="fields")

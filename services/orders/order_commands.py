@@ -200,7 +200,14 @@ def _session(identity: Identity, requested: PlaceOrder) -> str | None:
         return requested.customer_session_id
     if requested.customer_session_id not in (None, identity.session_id):
         raise Forbidden("a customer may order only for its own session", field="customer_session_id")
+    if identity.table_id is not None and requested.table_id not in (None, UUID(identity.table_id)):
+        raise Forbidden("a guest may order only for its own table", field="table_id", code="wrong_table")
     return identity.session_id
+
+
+def _table(identity: Identity, requested: PlaceOrder) -> str | None:
+    """Returns the table of the guest, or the one that the request names."""
+    return identity.table_id or (str(requested.table_id) if requested.table_id else None)
 
 
 def _new_order(
@@ -238,7 +245,7 @@ def _new_order(
         total=sums.total,
         created_at=at,
         updated_at=at,
-        table_id=str(requested.table_id) if requested.table_id else None,
+        table_id=_table(identity, requested),
         customer_id=str(requested.customer_id) if requested.customer_id else None,
         customer_name=requested.customer_name,
         customer_phone=requested.customer_phone,

@@ -12,12 +12,14 @@ from services.orders.entity_reads import EntityReads, FoundState
 from services.orders.menu import Menus
 from services.orders.order_commands import OrderCommands
 from services.orders.sign_in import SignIn
-from services.orders.views import PENDING, state_view, sync_of
+from services.orders.views import PENDING, hidden_from, state_view, sync_of
 from shared.http.call import Call
 from shared.http.etags import etag_of
+from shared.http.limits import TokenBucket
 from shared.http.replies import Reply, success
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import Postgres
+from shared.security.tokens import Identity
 
 
 class RouteContext(Struct, frozen=True):
@@ -31,6 +33,8 @@ class RouteContext(Struct, frozen=True):
     accounts: Accounts
     sign_in: SignIn
     api_keys: ApiKeyStore
+    guest_orders: TokenBucket
+    """The orders that each guest session may still place."""
 
 
 def context_of(request: Call) -> RouteContext:
@@ -54,9 +58,11 @@ def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
     return success(view, status=status, headers=headers)
 
 
-def found_reply(found: FoundState, *, known: bool = False, **more: Any) -> Reply:
-    """Returns the reply to a read: 304 if the client has the current version (`known`). `more` has derived fields."""
+def found_reply(found: FoundState, identity: Identity, *, known: bool = False, **more: Any) -> Reply:
+    """Returns the reply to a read: 304 if the client has the current version (`known`). `more` has derived fields.
+    `identity`: the caller, from whom fields may be hidden."""
     headers = {"ETag": etag_of(found.head.version), "X-Served-By": found.served_by}
     if known:
         return Reply(b"", status=304, headers=headers)
-    return success(state_view(found.state, found.head, sync_of(found), **more), headers=headers)
+    view = state_view(found.state, found.head, sync_of(found, identity), hidden=hidden_from(identity), **more)
+    return success(view, headers=headers)

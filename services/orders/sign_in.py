@@ -215,7 +215,7 @@ class SignIn:
             raise
         await self.limits.count_table_session(table_id, address)
         session, ttl = f"table-{table_id}-{secrets.token_urlsafe(12)}", self._settings.guest_token_ttl_seconds
-        identity = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session)
+        identity = Identity(str(uuid4()), Role.CUSTOMER, restaurant.id, "", session, table_id)
         return TableSession(self._tokens.issue(identity, ttl_seconds=ttl), ttl, session, restaurant.id, table_id)
 
     # -- parts -------------------------------------------------------------------------------------------------

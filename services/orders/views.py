@@ -11,30 +11,46 @@ from msgspec import Raw
 
 from services.orders.entity_reads import FoundState
 from shared.entities.contract import Head, SyncState
+from shared.security.tokens import Identity, Role
 
 # These fields are internal to idempotency. Quotes inside a JSON string are escaped, so only the fields themselves
 # match.
 _INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
+_HIDDEN_FROM_GUESTS = frozenset({"consumes"})
+"""The recipe of a dish."""
 PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
 
-def sync_of(found: FoundState) -> dict[str, Any]:
-    """Returns `state`, and for a failed change also `error`, `attempts` and `last_attempt`."""
+def hidden_from(identity: Identity) -> frozenset[str]:
+    """Returns the fields of states that this caller does not see."""
+    return _HIDDEN_FROM_GUESTS if identity.role is Role.CUSTOMER else frozenset()
+
+
+def sync_of(found: FoundState, identity: Identity) -> dict[str, Any]:
+    """Returns `state`, and for a failed change also `error`, `attempts` and `last_attempt`. Guests see the state alone,
+    because the error is a text of the database."""
     state = found.sync_state
-    if state is SyncState.FAILED and found.document is not None:
+    if state is SyncState.FAILED and found.document is not None and identity.role is not Role.CUSTOMER:
         return {"state": state, **msgspec.json.decode(found.document.failure)}
     return {"state": state}
 
 
 def state_view(
-    state: bytes, head: Head, sync: dict[str, Any], *, shown: frozenset[str] | None = None, **more: Any
+    state: bytes,
+    head: Head,
+    sync: dict[str, Any],
+    *,
+    shown: frozenset[str] | None = None,
+    hidden: frozenset[str] = frozenset(),
+    **more: Any,
 ) -> Raw:
-    """Returns the JSON of an entity. `state` is encoded, and is decoded only if `shown` names the fields to show.
-    `more` has further fields."""
+    """Returns the JSON of an entity. `state` is encoded, and is decoded only if `shown` names the fields to show, or if
+    it may have a field that is `hidden`. `more` has further fields."""
     extra = {"version": head.version, "sync": sync, **more}
     state = _INTERNAL.sub(b"", state)
-    if shown is not None:
+    if shown is not None or any(f'"{name}":'.encode() in state for name in hidden):
         found = {**msgspec.json.decode(state), **extra}
-        return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in shown}))
+        kept = {name for name in found if name not in hidden and (shown is None or name in shown)}
+        return Raw(msgspec.json.encode({name: value for name, value in found.items() if name in kept}))
     return Raw(state[:-1] + b"," + msgspec.json.encode(extra)[1:])

@@ -1,8 +1,8 @@
 """What settings production refuses, and what every environment refuses, each with the reason in one sentence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from shared.host_urls import host_urls
@@ -34,6 +34,11 @@ _UNVERIFIED = {
     "ssl_check_hostname": ("0", "false", "no"),
 }
 """Parameters of URLs that switch the check of a certificate off, with the values that do so."""
+
+
+def default_algorithm(validated: Mapping[str, Any]) -> str:
+    """Returns the algorithm of tokens for settings that name none: a key pair is better than a shared secret."""
+    return "EdDSA" if validated.get("jwt_private_key") or validated.get("jwt_public_key") else "HS256"
 
 
 def default_keys_in_reach(settings: "Settings") -> Iterator[str]:

@@ -50,6 +50,8 @@ class Identity(Struct, frozen=True):
     email: str = ""
     session_id: str | None = None
     """The session of a customer, who creates and sees only the orders of this session; None for other roles."""
+    table_id: str | None = None
+    """The table of a guest, who orders for this table alone and sees no other; None for everybody else."""
     scopes: frozenset[str] | None = None
     """The scopes of an API key, which limit its role; None for a token. `user_id` is then the id of the key."""
 
@@ -287,6 +289,8 @@ class Tokens:
             claims["restaurantId"] = identity.restaurant_id
         if identity.session_id:
             claims["sessionId"] = identity.session_id
+        if identity.table_id:
+            claims["tableId"] = identity.table_id
         if epoch:
             claims["epoch"] = epoch
         if family:
@@ -378,6 +382,7 @@ def _identity(claims: dict[str, Any]) -> Identity:
             restaurant_id=str(UUID(restaurant)) if restaurant else "",
             email=str(claims.get("email") or ""),
             session_id=str(claims["sessionId"]) if claims.get("sessionId") else None,
+            table_id=str(UUID(claims["tableId"])) if claims.get("tableId") else None,
         )
         for name in (identity.user_id, identity.session_id or "-"):
             msgspec.convert(name, Label)  # orders store these ids

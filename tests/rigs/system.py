@@ -114,6 +114,8 @@ class System:
             "account_changes_per_address": 100_000,
             "api_key_failures_per_prefix_and_address": 100_000,
             "api_key_failures_per_address": 100_000,
+            # Tests of other things place all orders of guests in one session.
+            "guest_orders_per_minute": 100_000,
             "heartbeat_interval_seconds": 0.3,
             "retry_steps_ms": "[50,100,200]",
             "mirror_settle_seconds": 1.0,

@@ -13,7 +13,7 @@ from services.orders.idempotency import RequestKey
 from services.orders.lists import list_reply, selection
 from services.orders.resources import RESOURCES, Context, Resource
 from services.orders.route_context import RouteContext, context_of, found_reply, receipt_reply
-from shared.entities import menu_item
+from shared.entities import menu_item, table
 from shared.errors import NotFound
 from shared.http.bodies import read_body
 from shared.http.call import Call
@@ -84,11 +84,12 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         identity, context = request.identity, context_of(request)
         restaurant = (await context.menus.book(identity.tenant)).restaurant
         query = resource.normalize_query(read_query(request, resource.query), restaurant)
-        page = await context.reads.page(entity, identity.tenant, selection(query, identity), query.sync_state)
+        own = {"id": identity.table_id} if entity is table.ENTITY and identity.table_id else {}
+        page = await context.reads.page(entity, identity.tenant, selection(query, identity, **own), query.sync_state)
         derived = await resource.derive(
             context.figures, restaurant, identity, [found.decoded() for found in page.found]
         )
-        return list_reply(entity, page, query, derived, names=resource.derived_types)
+        return list_reply(entity, page, query, identity, derived, names=resource.derived_types)
 
     @endpoint(
         "GET",
@@ -103,13 +104,16 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
     )
     async def read_one(request: Call) -> ASGIApp:
         identity, context = request.identity, context_of(request)
-        found = await context.reads.one(entity, identity.tenant, _id(request, resource))
+        id_ = _id(request, resource)
+        if entity is table.ENTITY and identity.table_id not in (None, id_):
+            raise NotFound("no such table")  # a guest at a table does not see the others
+        found = await context.reads.one(entity, identity.tenant, id_)
         state = found.decoded()
         if state.deleted_at is not None:
             raise NotFound(f"the {noun} is deleted", code=f"{entity.name}_deleted")
         # Derived fields change without a new version, so only an entity without them can be unmodified.
         known = not resource.derived_types and is_known(request, found.head.version)
-        return found_reply(found, known=known, **await _derived_fields(context, resource, identity, state))
+        return found_reply(found, identity, known=known, **await _derived_fields(context, resource, identity, state))
 
     @endpoint(
         "PUT",

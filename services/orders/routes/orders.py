@@ -1,6 +1,7 @@
 """/api/orders: place, list, read, change, delete and restore orders."""
 
 import contextlib
+import math
 from typing import Any
 
 from litestar.types import ASGIApp
@@ -12,7 +13,7 @@ from services.orders.requests import OrdersQuery, PlaceOrder, UpdateOrder
 from services.orders.route_context import context_of, found_reply, receipt_reply
 from services.orders.views import sync_of
 from shared.entities import order as orders
-from shared.errors import NotFound, Unavailable
+from shared.errors import NotFound, TooManyRequests, Unavailable
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import View, endpoint, path_id, read_query
@@ -30,7 +31,8 @@ _VIEW = View(_ENTITY)
     action="orders.place",
     tag=_TAG,
     summary="Place an order",
-    description="The server sets the prices. A customer orders for its own session.",
+    description="The server sets the prices. A customer orders for its own session, a guest at a table for that table: "
+    "the table is filled in, and another one is refused (`wrong_table`).",
     body=PlaceOrder,
     answer=_VIEW,
     status=201,
@@ -43,12 +45,16 @@ async def place_order(request: Call) -> ASGIApp:
     key, body = RequestKey.of(request, "POST /api/orders"), await request.whole_body()
     requested = read_body(body, PlaceOrder)
     identity, context = request.identity, context_of(request)
+    if identity.role is Role.CUSTOMER:
+        wait, _ = await context.guest_orders.take(f"{identity.tenant}/{identity.session_id}")
+        if wait:
+            raise TooManyRequests("this session has placed many orders; wait a moment", retry_after=math.ceil(wait))
     receipt = await context.order_commands.place(identity, requested, body, key)
     more: dict[str, Any] = {}
     if receipt.replayed:
         # The reply is complete without the sync state, so a failed read does not matter.
         with contextlib.suppress(Unavailable, NotFound):
-            more["sync"] = sync_of(await context.reads.one(_ENTITY, identity.tenant, receipt.state.id))
+            more["sync"] = sync_of(await context.reads.one(_ENTITY, identity.tenant, receipt.state.id), identity)
     return receipt_reply(receipt, status=201, **more)
 
 
@@ -71,7 +77,7 @@ async def list_orders(request: Call) -> ASGIApp:
     page = await context_of(request).reads.page(
         _ENTITY, identity.tenant, selection(query, identity, **own), query.sync_state
     )
-    return list_reply(_ENTITY, page, query)
+    return list_reply(_ENTITY, page, query, identity)
 
 
 @endpoint(
@@ -95,7 +101,7 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
         raise NotFound("no such order")
     if order.deleted_at is not None:
         raise NotFound("the order is deleted", code="order_deleted")
-    return found_reply(found, known=is_known(request, found.head.version))
+    return found_reply(found, identity, known=is_known(request, found.head.version))
 
 
 @endpoint(
@@ -164,7 +170,7 @@ async def sync_order(request: Call, order_id: str) -> ASGIApp:
     id_, context = path_id(order_id, "order_id"), context_of(request)
     found = await context.reads.one(_ENTITY, request.identity.tenant, id_)
     if found.document is None or not found.document.pending:
-        return found_reply(found)
+        return found_reply(found, request.identity)
     return receipt_reply(await context.order_commands.record_again(request.identity, found))
 
 
