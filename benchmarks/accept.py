@@ -77,7 +77,7 @@ def burst(
         def ours(script: str) -> Callable[[], AcceptSlice]:
             def measure() -> AcceptSlice:
                 found = _measure_slice(orders, script, plan.seconds, {"orders": orders.pid, **brokers})
-                rig.purge()
+                rig.drain(worker)
                 return found
 
             return measure
@@ -105,7 +105,6 @@ def burst(
                 _DIRECT: theirs(direct, hot, postgres),
             },
         )
-        rig.purge()
         worker.thaw()
 
     def row(case: str, found: dict[str, list[AcceptSlice]], peer: str, at_least: float | None) -> ResultRow:

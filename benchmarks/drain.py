@@ -88,7 +88,7 @@ def _plain(rig: BenchmarkRig, messages: int) -> float:
     """Returns how many changes per second the plain FastStream handler writes."""
     rig.purge()
     before = rig.count_orders()
-    run_async(_fill(rig, messages, 1))
+    run_async(_fill(rig, messages, 1, in_log=False))
     env = {
         **os.environ,
         "BENCH_RABBITMQ_URL": rig.rabbitmq_url,
@@ -112,8 +112,9 @@ def _plain(rig: BenchmarkRig, messages: int) -> float:
         child.terminate(_STOP_TIMEOUT_SECONDS)
 
 
-async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False) -> None:
-    """Publishes through the exchange, as the orders service does.
+async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool = False, in_log: bool = True) -> None:
+    """Publishes through the exchange, as the orders service does. Without `in_log`, it publishes only to the lane: the
+    ledger would send again what another program takes from the lane.
 
     With `bad`, each message is followed by one with as many changes that break the contract. Those go only to the queue
     of the lane, because this benchmark does not measure what the mirror does with them.
@@ -126,7 +127,10 @@ async def _fill(rig: BenchmarkRig, changes: int, per_message: int, *, bad: bool 
             sent = []
             for at in range(start, min(changes, start + per_message * _MESSAGES_IN_FLIGHT), per_message):
                 events = encoded_orders(rig.restaurants, min(per_message, changes - at))
-                sent.append(exchange.publish(_message(events), Lane.CRITICAL.value))
+                if in_log:
+                    sent.append(exchange.publish(_message(events), Lane.CRITICAL.value))
+                else:
+                    sent.append(channel.default_exchange.publish(_message(events), queue))
                 if bad:
                     sent.append(channel.default_exchange.publish(_message([_broken(one) for one in events]), queue))
             await asyncio.gather(*sent)

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import aio_pika
 import asyncpg
 import psutil
-from redis import Redis
 
 from benchmarks.restaurants import SeededRestaurant, seed
 from deploy.local import packages, servers
@@ -30,7 +29,6 @@ from deploy.local.port_check import find_free
 from shared.entities.contract import Lane
 from shared.messaging.management import ask
 from shared.messaging.topology import lane_queue
-from shared.mirror import keys
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "a-secret-for-benchmarks-that-is-long-enough"  # noqa: S105  (servers on 127.0.0.1 that live for minutes)
@@ -244,16 +242,18 @@ class BenchmarkRig:
 
         return run(ask_the_queue())
 
-    def purge(self) -> None:
-        """Empties the lanes, because the changes of one burst would cost the next one memory and disk.
+    def drain(self, worker: RunningProgram) -> None:
+        """Lets a frozen worker write what is in the lanes, because the changes of one burst would cost the next one
+        memory and disk. Then freezes it again. To purge the lanes would not do: the ledger sends again what only the
+        log has."""
+        worker.thaw()
+        self.until(lambda: self.depth() == 0, "an empty lane")
+        worker.freeze()
 
-        It also removes the orders from the mirror's pending lists. Otherwise the reconciler would look for them during
-        every later question.
-        """
+    def purge(self) -> None:
+        """Empties the lanes of what an earlier run has left."""
         for lane in Lane:
             ask(self.management_url, "DELETE", f"/api/queues/%2F/{lane_queue(lane)}/contents")
-        with Redis.from_url(self.redis_url) as redis:
-            redis.delete(*(keys.pending(one.id, "order") for one in self.restaurants))
 
     def wait_until_idle(self, timeout_seconds: float = 6.0) -> None:
         """Waits until the machine is idle or the time is over.

@@ -21,7 +21,7 @@ def run(rig: BenchmarkRig, plan: BenchmarkPlan) -> list[ResultRow]:
 
         def measure(one: RunningProgram) -> float:
             found = wrk(one.url, script, seconds=plan.seconds).per_second
-            rig.purge()
+            rig.drain(worker)
             return found
 
         found = interleave(plan.rounds, {"on": lambda: measure(on), "off": lambda: measure(off)})
