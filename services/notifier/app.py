@@ -134,6 +134,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
             log.info("stopped")
 
     return create_service(
+        "notifier",
         settings,
         API,
         state={

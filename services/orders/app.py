@@ -246,6 +246,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
             log.info("stopped")
 
     return create_service(
+        "orders",
         settings,
         API,
         state={"context": parts.context},

@@ -158,6 +158,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         log.info("stopped")
 
     return create_service(
+        "sync-api",
         settings,
         API,
         state={"sync": parts.context, "imports": parts.imports},

@@ -5,17 +5,17 @@
 
 The level depends on the status: info below 400, warning below 500, error from 500 on. `request_log_level` is
 the lowest level that is logged. Requests for health and metrics are left out. The line of an event stream comes at its
-end. A line has no path, query, address or email, because these contain personal data.
+end. `log_level` has no effect on it. A line has no path, query, address or email, because these contain personal data.
 """
 
 import time
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Protocol
 
-import structlog
+import msgspec
+from msgspec import Struct
 
 from shared.security.tokens import Identity
-
-log = structlog.get_logger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """The status in the log of a request whose client disconnected before the response. The number is that of nginx."""
@@ -25,10 +25,34 @@ _LEVELS = {"info": 0, "warning": 400, "error": 500}
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
+class LineOutput(Protocol):
+    def write(self, line: str) -> object: ...
+
+
+class _Line(Struct, frozen=True, kw_only=True):
+    """The fields of a line. Each request writes one, so it does not go through the processors of structlog, which would
+    cost a fifth of the processor time of an order."""
+
+    service: str
+    event: str = "request"
+    level: str
+    method: str
+    route: str | None
+    status: int
+    ms: float
+    user: str | None
+    restaurant: str | None
+    request_id: str
+    trace_id: str
+    timestamp: datetime
+
+
 class RequestLog:
-    def __init__(self, level: str) -> None:
-        """`level`: the lowest level that is logged: info, warning, error or off."""
+    def __init__(self, level: str, service: str, output: LineOutput) -> None:
+        """`level`: the lowest level that is logged: info, warning, error or off. `service`: its name in the log."""
         self._lowest_status = _LEVELS.get(level, 1_000)
+        self._service = service
+        self._output = output
 
     def write(self, scope: Any, *, status: int, began: float, request_id: str, trace_id: str) -> None:
         """Logs a request that has ended. `status`: 0 if there was no response. `began`: on the monotonic clock."""
@@ -37,9 +61,9 @@ class RequestLog:
             return
         identity, method = scope.get("user"), scope["method"]
         known = identity if isinstance(identity, Identity) else None
-        write = log.info if status < _LEVELS["warning"] else log.warning if status < _LEVELS["error"] else log.error
-        write(
-            "request",
+        line = _Line(
+            service=self._service,
+            level="info" if status < _LEVELS["warning"] else "warning" if status < _LEVELS["error"] else "error",
             method=method if method in _METHODS else "other",
             route=scope.get("path_template") or None,
             status=status,
@@ -48,4 +72,6 @@ class RequestLog:
             restaurant=(known.restaurant_id or None) if known else None,
             request_id=request_id,
             trace_id=trace_id,
+            timestamp=datetime.now(UTC),
         )
+        self._output.write(msgspec.json.encode(line).decode() + "\n")

@@ -25,7 +25,7 @@ class ResponseHeaders:
     every response, even if no route matches, and logs the request. A response without a Content-Security-Policy gets
     the strictest one. HEAD is answered like GET."""
 
-    def __init__(self, app: Any, request_log: RequestLog) -> None:
+    def __init__(self, app: Any, request_log: RequestLog | None = None) -> None:
         self.app = app
         self._request_log = request_log
 
@@ -60,10 +60,11 @@ class ResponseHeaders:
         try:
             await self.app(scope, receive, sent)
         finally:
-            self._request_log.write(
-                scope,
-                status=status,
-                began=began,
-                request_id=(request_id or trace_id).decode(),
-                trace_id=trace_id.decode(),
-            )
+            if self._request_log is not None:
+                self._request_log.write(
+                    scope,
+                    status=status,
+                    began=began,
+                    request_id=(request_id or trace_id).decode(),
+                    trace_id=trace_id.decode(),
+                )

@@ -1,5 +1,6 @@
 """Creates the application of each service in the same way."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -25,7 +26,7 @@ from shared.http.openapi import Api
 from shared.http.request_log import RequestLog
 from shared.http.response_headers import ResponseHeaders
 from shared.mirror.mirror import Mirror
-from shared.observability.logs import configure_logging
+from shared.observability.logs import LossyOutput, configure_logging
 from shared.observability.metrics import HttpMetrics, Metrics
 from shared.observability.tracing import Tracer
 from shared.security.permissions import PUBLIC
@@ -43,6 +44,7 @@ def settings_of_service(name: str, settings: Settings | None) -> Settings:
 
 
 def create_service(
+    name: str,
     settings: Settings,
     api: Api,
     *,
@@ -57,8 +59,9 @@ def create_service(
 ) -> ResponseHeaders:
     """Returns an application with the routes of `api`, their documentation, health and metrics.
 
-    `state`: the objects that handlers find in `request.app.state`, by name. `limits_mirror`: the mirror through which
-    instances share the rate limits. With None, each instance applies the limits alone.
+    `name`: the name of the service in the request log. `state`: the objects that handlers find in `request.app.state`,
+    by name. `limits_mirror`: the mirror through which instances share the rate limits. With None, each instance applies
+    the limits alone.
     """
     open_bodies = OpenBodies(settings)
     metrics.watch("ticketrail_open_bodies", lambda: len(open_bodies))
@@ -85,7 +88,7 @@ def create_service(
         openapi_config=None,
         logging_config=None,
     )
-    return ResponseHeaders(app, RequestLog(settings.request_log_level))
+    return ResponseHeaders(app, RequestLog(settings.request_log_level, name, LossyOutput(sys.stdout.fileno(), name)))
 
 
 def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Lifespan) -> ResponseHeaders:
@@ -98,7 +101,7 @@ def create_health_service(readiness: Readiness, metrics: Metrics, lifespan: Life
         openapi_config=None,
         logging_config=None,
     )
-    return ResponseHeaders(app, RequestLog("off"))
+    return ResponseHeaders(app)
 
 
 def _options(handlers: Sequence[HTTPRouteHandler]) -> list[HTTPRouteHandler]:

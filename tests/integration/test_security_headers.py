@@ -10,7 +10,6 @@ from litestar import Litestar, get
 
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.error_replies import EXCEPTION_HANDLERS
-from shared.http.request_log import RequestLog
 from shared.http.response_headers import ResponseHeaders
 from shared.security.tokens import Role
 from tests.rigs.http_client import http_client
@@ -99,7 +98,6 @@ async def test_internal_error_has_the_security_headers_and_hides_its_cause() -> 
 
     app: Any = ResponseHeaders(
         Litestar([broken], exception_handlers=EXCEPTION_HANDLERS, openapi_config=None, logging_config=None),
-        RequestLog("off"),
     )
     async with http_client(transport=httpx.ASGITransport(app), base_url="http://here") as client:
         reply = await client.get("/broken")
