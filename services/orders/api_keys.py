@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import structlog
 from msgspec import Struct
 
@@ -70,6 +71,8 @@ class ApiKeyStore:
             if committing:
                 raise OutcomeUnknown("the database did not confirm the change; it may have been made") from error
             raise Unavailable("API keys need the database, which is unavailable", retry_after=2.0) from error
+        except asyncpg.ForeignKeyViolationError as error:
+            raise NotFound("no such restaurant") from error
 
     async def add(
         self, restaurant: str, name: str, scopes: list[Scope], expires_at: datetime | None, *, actor: str
