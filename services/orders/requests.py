@@ -267,7 +267,7 @@ class UpdateCustomer(Request):
 
 
 class CustomersQuery(ListQuery, kw_only=True):
-    phone: Label | None = None
+    phone: Annotated[str, Meta(max_length=200)] | None = None
     name: Label | None = None
 
 

@@ -25,7 +25,7 @@ _URLS_WITH_PASSWORDS = (
 )
 
 
-_TTLS = ("cli_token_ttl_seconds", "access_token_ttl_seconds", "refresh_token_ttl_seconds", "guest_token_ttl_seconds")
+_TTLS = ("access_token_ttl_seconds", "refresh_token_ttl_seconds", "guest_token_ttl_seconds")
 _RATES = ("restaurant_requests_per_second", "address_requests_per_second")
 _MAX_TTL_SECONDS = 30 * 24 * 3600
 _UNVERIFIED = {

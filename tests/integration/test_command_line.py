@@ -151,7 +151,7 @@ async def test_commands_accept_the_prefix_of_an_id(ops_rig: OperatorRig, marker:
     replayed = await printed_json(ops_rig, "dlq", "replay", dead_letter["id"][:13], "--yes")
     assert [item["dead_letter_id"] for item in replayed["items"]] == [dead_letter["id"]]
     code, _, err = await ops_rig.dlq("cancel", replayed["job"]["id"][:13])
-    assert (code, err) == (1, "Error: this replay job is done\n")
+    assert (code, err) == (1, "Error: this job is done\n")
 
 
 async def test_ambiguous_prefix_is_refused_and_lists_the_dead_letters(ops_rig: OperatorRig, marker: str) -> None:

@@ -225,7 +225,7 @@ QUERY = (
 )
 
 
-async def test_orders_are_imported_from_another_postgresql(restaurant: RestaurantRig) -> None:
+async def test_orders_are_imported_from_another_postgresql(restaurant: RestaurantRig, tmp_path: Path) -> None:
     """The import reads numerics, times, uuids and JSON; a later run finds new rows and leaves the others unchanged."""
     database = f"till{uuid4().hex[:8]}"
     url = await asyncio.to_thread(restaurant.system.servers.postgres.make_database, database)
@@ -270,7 +270,9 @@ async def test_orders_are_imported_from_another_postgresql(restaurant: Restauran
             "read": 4, "created": 1, "unchanged": 2, "refused": 1,
         }  # fmt: skip
         await all_there(restaurant, known)
-        wrong = await ticketrail(restaurant.system, "import", url, "--query", "select * from nowhere")
+        file = tmp_path / "url"
+        file.write_text(url)
+        wrong = await ticketrail(restaurant.system, "import", f"@{file}", "--query", "select * from nowhere")
         assert (wrong.code, 'relation "nowhere" does not exist' in wrong.err) == (1, True)
         password = url.partition("//")[2].partition("@")[0].partition(":")[2]
         async with restaurant.system.database() as connection:

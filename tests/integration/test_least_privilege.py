@@ -159,6 +159,6 @@ async def test_no_user_of_the_mirror_can_wipe_or_configure_it(system: System) ->
 async def test_operators_see_who_exists_and_no_hash(system: System) -> None:
     async with system.database("ticketrail_ops") as ops:
         assert await ops.fetch("select id, email, name, role, is_active from users")
-        for secret in ("password_hash from users", "* from users", "api_key_sha256 from terminals"):
+        for secret in ("password_hash from users", "* from users", "key_sha256 from api_keys"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await ops.fetch(f"select {secret}")

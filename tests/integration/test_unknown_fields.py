@@ -148,10 +148,11 @@ async def test_an_edited_dead_letter_keeps_the_fields(
     change = recorded(structs.replace(base, notes=marker, fiscal_id="DE-2"), on=order)
     after = with_field(bytes(change.data.after), "total", b"-1")
     await ops_rig.restaurant.publish(structs.replace(change, data=ChangeData(after=Raw(after))))
-    dead = [one for one in await ops_rig.dead_letters(2, text=marker) if one["lane"] is not None]
-    event = expect(await nadia.get(f"{DEAD_LETTERS}/{dead[0]['id']}"))["event"]
+    [dead] = await ops_rig.dead_letters(1, sinks=2, text=marker)
+    path = f"{DEAD_LETTERS}/{dead['id']}"
+    event = expect(await nadia.get(path))["event"]
     event["data"]["after"]["total"] = 7
-    expect(await nadia.post(f"{DEAD_LETTERS}/{dead[0]['id']}/edit", json={"revision": 1, "event": event, "why": "x"}))
+    expect(await nadia.post(f"{path}/edit", json={"revision": dead["revision"], "event": event, "why": "x"}))
     edited = await shown(ops_rig, order.entity_id, version=2)
     assert (edited["total"], newer_fields(edited)) == (7, ("DE-2", 2, {"girocard"}))
 

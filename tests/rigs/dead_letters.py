@@ -85,8 +85,9 @@ class OperatorRig:
             headers[FAILED_AT] = at or now().isoformat()
             await self.publisher.publish_to_queue(topology.dead_queue(lane), body, headers=headers, timeout=30)
 
-    async def dead_letters(self, count: int, **filters: Any) -> list[dict[str, Any]]:
-        """Waits until the API lists `count` dead letters; returns them, the oldest failure first."""
+    async def dead_letters(self, count: int, *, sinks: int = 1, **filters: Any) -> list[dict[str, Any]]:
+        """Waits until the API lists `count` dead letters, each of this number of sinks at least; returns them, the
+        oldest failure first."""
         async with self.client() as client:
 
             async def look() -> list[dict[str, Any]]:
@@ -94,7 +95,10 @@ class OperatorRig:
                 return found[::-1]
 
             return await eventually(
-                look, within=30, what=f"{count} dead letters", until=lambda seen: len(seen) == count
+                look,
+                within=30,
+                what=f"{count} dead letters",
+                until=lambda seen: len(seen) == count and all(len(one["sinks"]) >= sinks for one in seen),
             )
 
     async def make_dead_letters(self, marker: str, count: int = 1) -> list[dict[str, Any]]:

@@ -269,10 +269,12 @@ def test_generated_secrets_are_strong_different_and_readable_only_by_their_owner
 
 def test_secrets_that_are_set_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "env"
-    file.write_text("# mine\nTICKETRAIL_PORT=9000\nTICKETRAIL_REDIS_PASSWORD=mine\nTICKETRAIL_DATABASE_API_PASSWORD=\n")
+    file.write_text(
+        "# mine\nTICKETRAIL_PORT=9000\nTICKETRAIL_REDIS_SYNC_PASSWORD=mine\nTICKETRAIL_DATABASE_API_PASSWORD=\n"
+    )
     first = _make(file)
     pair = {path.name: path.read_text() for path in (tmp_path / ".secrets").iterdir()}
-    assert first["TICKETRAIL_REDIS_PASSWORD"] == "mine"
+    assert first["TICKETRAIL_REDIS_SYNC_PASSWORD"] == "mine"
     assert first["TICKETRAIL_PORT"] == "9000"
     assert len(first["TICKETRAIL_DATABASE_API_PASSWORD"]) == 43
     assert _make(file) == first

@@ -104,7 +104,7 @@ def test_development_accepts_the_default_secrets() -> None:
         ({"address_requests_per_second": 0}, "TICKETRAIL_ADDRESS_REQUESTS_PER_SECOND"),
         *(
             ({f"{kind}_token_ttl_seconds": 30 * 24 * 3600 + 1}, f"TICKETRAIL_{kind.upper()}_TOKEN_TTL_SECONDS")
-            for kind in ("cli", "access", "refresh", "guest")
+            for kind in ("access", "refresh", "guest")
         ),
         ({"rabbitmq_url": f"amqps://t:{STRONG}@rabbitmq/?no_verify_ssl=1"}, "TICKETRAIL_RABBITMQ_URL"),
         ({"redis_url": f"rediss://:{STRONG}@a/0,rediss://:{STRONG}@b/0?ssl_cert_reqs=none"}, "TICKETRAIL_REDIS_URL"),
