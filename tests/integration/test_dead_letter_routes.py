@@ -137,7 +137,7 @@ async def test_dead_letter_shows_its_change_failure_attempts_headers_and_event(
     made = change(ops_rig.table(label=marker), source="terminal/T-7", traceparent=f"00-{TRACE}-b7ad6b7169203331-01")
     broken = encode(made).replace(b'"seats":4', b'"seats":0')
     await ops_rig.publisher.publish(Lane.NORMAL.value, message(broken))
-    # The mirror writer reads the broken message too, which changes the dead letter once more.
+    # The mirror writer reads the broken message too.
     [listed] = await ops_rig.dead_letters(1, sinks=2, text=marker, queue=topology.dead_queue(Lane.NORMAL))
     shown = await details_of(nadia, listed)
     dead_letter = shown["dead_letter"]
@@ -155,12 +155,13 @@ async def test_dead_letter_shows_its_change_failure_attempts_headers_and_event(
     assert dead_letter["reason"] == "contract_broken"
     assert dead_letter["error"].startswith("BrokenContract: data.after: Expected `int` >= 1")
     assert (dead_letter["place"], len(dead_letter["fingerprint"])) == ("shared.entities.entity:decode", 12)
-    assert (dead_letter["deaths"], dead_letter["status"], dead_letter["revision"]) == (1, "open", 2)
-    [attempt] = shown["attempts"]
-    assert attempt == {name: dead_letter[name] for name in ("reason", "error", "place")} | {
-        "at": dead_letter["last_failed_at"]
-    }
-    assert dead_letter["first_failed_at"] == dead_letter["last_failed_at"]
+    assert (dead_letter["deaths"], dead_letter["status"]) == (1, "open")
+    attempts = shown["attempts"]  # one of each sink
+    assert [attempt["reason"] for attempt in attempts] == ["contract_broken"] * 2
+    assert {name: dead_letter[name] for name in ("reason", "error", "place")} in [
+        {name: attempt[name] for name in ("reason", "error", "place")} for attempt in attempts
+    ]
+    assert dead_letter["last_failed_at"] in [attempt["at"] for attempt in attempts]
     assert (shown["headers"]["ticketrail-change-id"], shown["headers"]["ticketrail-lane"]) == (made.id, "normal")
     assert (shown["event"]["id"], shown["event"]["data"]["after"]["seats"]) == (made.id, 0)
     assert (shown["body"], shown["edits"], shown["replays"], shown["actions"]) == (None, [], [], [])
