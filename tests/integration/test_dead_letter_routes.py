@@ -224,7 +224,10 @@ async def test_each_kind_of_bad_input_is_a_group_and_good_changes_are_still_writ
     # The filter `queue` leaves out the dead letters of the mirror writer. A text search does not read bodies that are
     # too large.
     queue = topology.dead_queue(Lane.CRITICAL)
-    selections = ({"text": marker}, {"reason": "too_large", "restaurant_id": ops_rig.restaurant_id})
+    selections: tuple[dict[str, Any], ...] = (
+        {"text": marker},
+        {"reason": "too_large", "restaurant_id": ops_rig.restaurant_id},
+    )
     groups: list[dict[str, Any]] = []
     for filters, count in zip(selections, (14, 2), strict=True):
         await ops_rig.dead_letters(count, queue=queue, **filters)
