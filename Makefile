@@ -48,7 +48,6 @@ chaos: bootstrap ## cause faults at random times under load, and prove that noth
 
 api: bootstrap ## write the documents in docs/api from the code, and a collection for Postman from them
 	$(PYTHON) -m tests.contract.documents
-	$(PYTHON) -m deploy.postman
 
 settings: bootstrap ## write .env.example and docs/settings.md from shared/settings.py
 	$(PYTHON) -m deploy.settings_docs

@@ -1,4 +1,5 @@
-"""The documents of the APIs and of the events, frozen in docs/api; `make api` writes them again.
+"""The documents of the APIs and of the events, frozen in docs/api; `make api` writes them again, and the collection for
+Postman, which is made from them.
 
 They use default settings and ignore the environment and any .env file.
 """
@@ -6,6 +7,7 @@ They use default settings and ignore the environment and any .env file.
 import json
 from typing import Any
 
+from deploy import postman
 from services.notifier.transports import API as NOTIFIER
 from services.orders.routes import API as ORDERS
 from services.sync.api import API as SYNC
@@ -35,6 +37,7 @@ def main() -> None:
         if not path.exists() or path.read_text() != made:
             path.write_text(made)
             print(f"frozen: docs/api/{name}")
+    postman.main()
 
 
 if __name__ == "__main__":
