@@ -172,8 +172,8 @@ class Settings(BackendSettings):
         unit="failures",
     )
     registration: Literal["open", "invitation", "closed"] = SIGN_IN.setting(
-        sentence="Who may register a restaurant: everybody, those with a code of `ticketrail restaurant invite`, or "
-        "nobody but `ticketrail restaurant add`.",
+        sentence="How a restaurant may register: `open` allows it to everybody, `invitation` needs a code of "
+        "`ticketrail restaurant invite`, `closed` leaves only the command `ticketrail restaurant add`.",
         default_factory=_default_registration,
         default_text="open in development, closed in production",
     )

@@ -77,7 +77,7 @@ class ApiKeyStore:
     async def add(
         self, restaurant: str, name: str, scopes: list[Scope], expires_at: datetime | None, *, actor: str
     ) -> tuple[ApiKey, str]:
-        """Makes a key. Returns (key, its text); nobody can read the text again. Raises Conflict if the restaurant has
+        """Makes a key. Returns (key, its text); the text is not stored. Raises Conflict if the restaurant has
         too many valid keys."""
         made = new_key()
         async with self._as_tenant(restaurant, readonly=False) as connection:

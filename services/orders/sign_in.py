@@ -230,8 +230,8 @@ class SignIn:
         return restaurant
 
     def _successor(self, token: str) -> str:
-        """Returns the refresh token that follows `token`. Every instance derives the same one, and nobody without the
-        signing key can."""
+        """Returns the refresh token that follows `token`. Every instance derives the same one from the signing
+        key."""
         return urlsafe_b64encode(hmac.digest(self._successor_key, token.encode(), "sha256")).rstrip(b"=").decode()
 
     def _session(self, user: User, session: Session, refresh_token: str) -> SignInSession:

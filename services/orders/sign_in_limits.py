@@ -1,7 +1,7 @@
 """Limits on sign-in, which stop somebody who guesses and not the people who work in the restaurant.
 
-Only failures count. They are counted by (account, address): whoever guesses an owner's password from elsewhere does
-not lock the owner out, and the colleague who forgot a password does not lock out the staff behind the same address.
+Only failures count. They are counted by (account, address). So an attacker at another address does not lock the
+owner out, and a colleague who forgot a password does not lock out the other staff behind the same address.
 Two looser totals stop guesses that spread out: of an account over many addresses, and from an address over many
 accounts. An account that has signed in from an address before is not subject to the totals there.
 

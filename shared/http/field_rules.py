@@ -1,7 +1,7 @@
 """The rules of the fields of a type in words: what a text must be, and the values that an enumeration allows.
 
-msgspec names the regular expression that a text does not match, and not the values that an enumeration allows. People
-who call the API need a sentence and a list instead. A type gives the sentence of its pattern beside the pattern:
+msgspec names the regular expression that a text does not match, and not the values that an enumeration allows. A
+client needs a sentence and a list instead. A type gives the sentence of its pattern beside the pattern:
 
     Slug = Annotated[str, Meta(pattern="^[a-z0-9-]+$", extra={SENTENCE: "must have only lower-case letters, …"})]
 """

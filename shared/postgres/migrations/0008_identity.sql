@@ -92,8 +92,7 @@ grant execute on function use_invitation(bytea), make_reset_code(uuid, bytea, te
     change_password(uuid, text, text), reset_password(text, bytea, text) to ticketrail_api;
 
 -- API keys of restaurants, and the keys of terminals. A key is `trk_<prefix>_<secret>`. The table holds the SHA-256 of
--- the whole key: its secret has 256 random bits, so nobody can guess it from a fast hash, and a slow one would cost each
--- request 20 ms.
+-- the whole key. The secret has 256 random bits, so a fast hash protects it. A slow hash would cost each request 20 ms.
 create table api_keys (
     id uuid primary key,
     restaurant_id uuid not null references restaurants,
@@ -193,7 +192,7 @@ create function identity_actor(otherwise text) returns text language sql stable 
         case when session_user = 'ticketrail_writer' then 'command line' else otherwise end)
 $$;
 
--- Notes the changes of users and API keys, whoever makes them: no code path can forget it.
+-- Notes all changes of users and API keys. A trigger does it, so that no code path can forget it.
 create function note_user_change() returns trigger
 language plpgsql security definer set search_path = public, pg_temp as $$
 declare
