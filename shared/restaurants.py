@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from shared.entities.contract import SENTENCE
 from shared.errors import InvalidInput
-from shared.http.texts import END, Currency, Label
+from shared.http.texts import END, Country, Currency, Label
 
 if TYPE_CHECKING:
     from shared.postgres.pool import Connection
@@ -30,6 +30,10 @@ class RestaurantSettings(Struct, frozen=True):
     """The ISO 3166 code of the country to which a phone number without a country code belongs."""
     minor_units_per_point: Annotated[int, Meta(ge=1, le=10**6)] = 100
     """The payment that gives one loyalty point, in minor units."""
+
+
+class NewRestaurantSettings(RestaurantSettings, frozen=True, forbid_unknown_fields=True):
+    country: Country | None = None
 
 
 Slug = Annotated[
@@ -50,6 +54,8 @@ class NewRestaurant(Struct, kw_only=True, forbid_unknown_fields=True):
     time_zone: Label = "UTC"
     cutoff_hour: Annotated[int, Meta(ge=0, le=23)] = 4
     tax_basis_points: Annotated[int, Meta(ge=0, le=10_000)] = 500
+    admin_name: Label | None = None
+    settings: NewRestaurantSettings = NewRestaurantSettings()
 
 
 class Restaurant(Struct, frozen=True, kw_only=True):
@@ -64,10 +70,10 @@ class Restaurant(Struct, frozen=True, kw_only=True):
     settings: RestaurantSettings = RestaurantSettings()
 
     @classmethod
-    def of(cls, new: NewRestaurant, *, email: str, settings: RestaurantSettings) -> "Restaurant":
+    def of(cls, new: NewRestaurant, *, email: str) -> "Restaurant":
         """Returns a new restaurant with an id of its own."""
-        fields = {name: getattr(new, name) for name in NewRestaurant.__struct_fields__}
-        return cls(id=str(uuid4()), email=email, settings=settings, **fields)
+        fields = {name: getattr(new, name) for name in NewRestaurant.__struct_fields__ if name != "admin_name"}
+        return cls(id=str(uuid4()), email=email, **fields)
 
     def business_day(self, at: datetime) -> date:
         """Returns the business day of a time. Before the cutoff hour this is the previous day."""

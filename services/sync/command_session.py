@@ -45,14 +45,19 @@ def run(work: Coroutine[Any, Any, Any], *, quiet: bool = False) -> Any:
     try:
         return asyncio.run(work)
     except TicketrailError as error:
-        field = error.details.get("field")
-        raise click.ClickException(f"{field}: {error}" if field else str(error)) from error
+        raise refusal(error) from error
     except (MigrationError, declare.TopologyError) as error:
         raise click.ClickException(str(error)) from error
     except (MirrorUnavailable, MirrorInDoubt, *BROKEN_LINK, *UNAVAILABLE, asyncpg.PostgresError) as error:
         raise click.ClickException(
             f"a backend does not answer: {described(error)}; the command uses {system_label()}"
         ) from error
+
+
+def refusal(error: TicketrailError) -> click.ClickException:
+    """Returns the error of a command for an error of ours."""
+    field = error.details.get("field")
+    return click.ClickException(f"{field}: {error}" if field else str(error))
 
 
 class CommandSession:

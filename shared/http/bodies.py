@@ -28,12 +28,7 @@ def read_body(body: bytes, type_: type[T]) -> T:
     try:
         return tidied(_decoded(body, type_))
     except msgspec.ValidationError as error:
-        message = str(error)
-        path = found["path"] if (found := _ERROR_PATH.search(message)) else ""
-        message, details = in_words(_ERROR_PATH.sub("", message), path, type_)
-        if named := _FIELD_NAME.search(message):
-            path = f"{path}.{named[1]}" if path else named[1]
-        raise InvalidInput(message, field=path or "body", **details) from error
+        raise _invalid(error, type_) from error
     except RecursionError as error:
         raise InvalidInput("nested too deeply", field="body", code="malformed_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -41,6 +36,24 @@ def read_body(body: bytes, type_: type[T]) -> T:
         if field is not None:
             raise InvalidInput("not valid Unicode", field=field) from error
         raise InvalidInput(f"not JSON: {error}", field="body", code="malformed_json") from error
+
+
+def read_fields(fields: dict[str, Any], type_: type[T]) -> T:
+    """Checks fields that a command has in the same way as a request body, and brings their texts into their form.
+    Raises InvalidInput with the name of the field that is wrong."""
+    try:
+        return tidied(msgspec.convert(fields, type_))
+    except msgspec.ValidationError as error:
+        raise _invalid(error, type_) from error
+
+
+def _invalid(error: msgspec.ValidationError, type_: Any) -> InvalidInput:
+    message = str(error)
+    path = found["path"] if (found := _ERROR_PATH.search(message)) else ""
+    message, details = in_words(_ERROR_PATH.sub("", message), path, type_)
+    if named := _FIELD_NAME.search(message):
+        path = f"{path}.{named[1]}" if path else named[1]
+    return InvalidInput(message, field=path or "body", **details)
 
 
 def _decoded(body: bytes, type_: type[T]) -> T:

@@ -20,19 +20,22 @@ T = TypeVar("T")
 
 FORM = "form"
 """The key of `Meta.extra` for the form of a text: `label`."""
-_LABEL = "label"
+LABEL_FORM = "label"
 
 # Python's `$` alone also matches before a final line break.
 END = r"$(?!\n)"
 # Control characters, the zero width space, separators of lines and paragraphs, overrides of the direction, and other
 # invisible characters that no writing system needs. Joiners (U+200C, U+200D) are needed inside words and emoji.
-_CONTROL = r"\x00-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff"
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff0-\ufffb"
+# The last three ranges are literal, because Python and JavaScript escape them in different ways.
 _INVISIBLE = (
     rf"\s{_CONTROL}\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-LABEL_PATTERN = rf"^[^{_CONTROL}]*[^{_INVISIBLE}][^{_CONTROL}]*{END}"
+LABEL = rf"[^{_CONTROL}]*[^{_INVISIBLE}][^{_CONTROL}]*"
+LABEL_PATTERN = rf"^{LABEL}{END}"
 _LABEL_SENTENCE = "must not be blank, and must have no control characters or invisible ones"
-_LABEL_RULES: dict[str, Any] = {"pattern": LABEL_PATTERN, "extra": {SENTENCE: _LABEL_SENTENCE, FORM: _LABEL}}
+_LABEL_RULES: dict[str, Any] = {"pattern": LABEL_PATTERN, "extra": {SENTENCE: _LABEL_SENTENCE, FORM: LABEL_FORM}}
 
 Label = Annotated[str, Meta(max_length=200, **_LABEL_RULES)]
 """A name, or another text of one line. It has a visible character and no control character."""
@@ -43,7 +46,7 @@ Email = Annotated[
     Meta(
         max_length=MAX_EMAIL_CHARS,
         pattern=rf"^\s*{ADDRESS}\s*{END}",
-        extra={SENTENCE: "not an email address", FORM: _LABEL},
+        extra={SENTENCE: "not an email address", FORM: LABEL_FORM},
         examples=["ada@trattoria.example"],
     ),
 ]
@@ -98,7 +101,7 @@ def _tidy_of(node: inspect.Type, form: str | None) -> _Tidy | None:
         case inspect.Metadata():
             return _tidy_of(node.type, (node.extra or {}).get(FORM, form))
         case inspect.StrType():
-            return _tidy_label if form == _LABEL else _tidy_text
+            return _tidy_label if form == LABEL_FORM else _tidy_text
         case inspect.UnionType():
             return next((tidy for one in node.types if (tidy := _tidy_of(one, form)) is not None), None)
         case inspect.CollectionType():

@@ -210,6 +210,9 @@ async def test_unknown_restaurant_ends_the_import_at_once(
     ended = await ticketrail(system, "import", source, "--restaurant", str(uuid4()))
     assert (ended.code, "no such restaurant" in ended.err) == (1, True)
     assert "Traceback" not in ended.err
+    for name, words in (("postgres://u:p@host/db", "the list of processes"), ("env:NO_SHOP", "has no variable")):
+        ended = await ticketrail(system, "import", name, "--restaurant", restaurant.id)
+        assert (ended.code, words in ended.err, "Traceback" in ended.err) == (1, True, False), ended.err
     unregistered = RestaurantRig(system, str(uuid4()), "", "", "", "")
     with pytest.raises(NotFound):
         await import_from(unregistered, source)

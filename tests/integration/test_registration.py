@@ -82,10 +82,15 @@ async def test_operator_adds_a_restaurant_whose_admin_signs_in(system: System, c
         ((f"{slug}-2", "--email", "nobody"), PASSWORD, "not an email address"),
         ((f"{slug}-2", "--email", new_email()), "password1234", "too common"),
         ((f"{slug}-2", "--email", new_email(), "--time-zone", "Mars/Olympus"), PASSWORD, "not a known time zone"),
-        (("No Slug", "--email", new_email()), PASSWORD, "slug"),
+        (("No Slug", "--email", new_email()), PASSWORD, "slug: must have 1 to 50 lower-case letters"),
+        ((f"{slug}-2", "--email", new_email(), "--currency", "ZZZ"), PASSWORD, "currency: must be a currency code"),
+        ((f"{slug}-2", "--email", new_email(), "--country", "UK"), PASSWORD, "settings.country: must be a country"),
+        ((f"{slug}-2", "--email", new_email(), "--name", " "), PASSWORD, "name: must not be blank"),
+        ((f"{slug}-2", "--email", new_email(), "--admin-name", "\u200b"), PASSWORD, "admin_name: must not be blank"),
     ):
         code, out = await add(system, *arguments, password=password)
         assert code != 0
         assert words in out, out
+        assert "regex" not in out
     async with system.database("ticketrail_owner") as connection:
         assert not await connection.fetchval("select count(*) from restaurants where slug = $1", f"{slug}-2")

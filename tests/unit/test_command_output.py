@@ -1,6 +1,7 @@
 """Tables of the command line: a narrow terminal leaves out columns and cuts texts."""
 
 from services.sync.command_output import TableColumn, layout
+from services.sync.printable import printable
 
 ID = "7d0c5f1e-4c11-4c0a-9b1d-7f0c3b526f1e"
 COLUMNS = (
@@ -34,3 +35,8 @@ def test_an_id_stays_whole_in_a_terminal_that_is_narrower_than_the_id() -> None:
 
 def test_wide_characters_count_twice() -> None:
     assert widths([ID, "3 min", "nadia", "卓" * 4], 120)["error"] == 8
+
+
+def test_text_from_outside_controls_no_terminal() -> None:
+    assert printable("a\x1b[31mb\u202ec\u2066d") == "a\ufffd[31mb\ufffdc\ufffdd"
+    assert printable("Gr\u00f6\u00dfe\n\U0001f468\u200d\U0001f373") == "Gr\u00f6\u00dfe\n\U0001f468\u200d\U0001f373"

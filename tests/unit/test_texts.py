@@ -12,6 +12,7 @@ from services.orders.routes import API as ORDERS
 from services.orders.routes.auth import RegisterRestaurant
 from services.orders.routes.users import CreateUser
 from services.sync.api import API as SYNC
+from services.sync.imports.external_orders import ExternalOrder
 from shared.errors import InvalidInput
 from shared.http.bodies import read_body
 from shared.http.field_rules import field_rules
@@ -29,7 +30,20 @@ def refusal(type_: Any, **fields: Any) -> InvalidInput:
     return refused.value
 
 
-BLANK = ["", " ", "   ", "\u00a0", "\u3000", "\u200b", "\ufeff", "\u200d", "\u2060 \u00ad", "\u2800"]
+BLANK = [
+    "",
+    " ",
+    "   ",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    "\ufeff",
+    "\u200d",
+    "\u2060 \u00ad",
+    "\u2800",
+    "\U000e0041",
+    "\U000e0100",
+]
 CONTROL = [
     "\x00",
     "a\x00",
@@ -43,6 +57,7 @@ CONTROL = [
     "a\u202eb",
     "a\u200bb",
     "\ufeffa",
+    "a\ufff9b",
 ]
 
 
@@ -76,6 +91,7 @@ def test_blank_label_and_one_with_control_characters_are_refused(
         ("\u00a0Pho\u3000", "Pho"),
         ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"),
         ("\U0001f468\u200d\U0001f373", "\U0001f468\u200d\U0001f373"),
+        ("\U0001f3f4\U000e0067\U000e0062\U000e007f", "\U0001f3f4\U000e0067\U000e0062\U000e007f"),
     ],
     ids=ascii,
 )
@@ -88,6 +104,19 @@ def test_label_is_kept_in_nfc_without_blanks_around_it(sent: str, kept: str) -> 
     order = {"items": [{**choice, "customizations": [{"name": sent, "option": sent}]}]}
     chosen = read_body(msgspec.json.encode(order), PlaceOrder).items[0].customizations[0]
     assert (chosen.name, chosen.option) == (kept, kept)
+
+
+def test_order_number_of_another_system_may_be_missing_and_has_no_control_characters() -> None:
+    order = {
+        "restaurant_id": "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11",
+        "items": [{"name": "Dosa", "quantity": 1, "unit_price": 1}],
+    }
+    for sent, kept in (("", ""), (" A-1 ", "A-1")):
+        body = msgspec.json.encode({**order, "order_number": sent})
+        assert read_body(body, ExternalOrder).order_number == kept
+    for number in ("\x1b[2J", "1\u202e2", "\u200b"):
+        refused = refusal(ExternalOrder, **order, order_number=number)
+        assert (refused.details["field"], "control characters" in refused.message) == ("order_number", True)
 
 
 def test_note_keeps_its_lines_and_blanks() -> None:

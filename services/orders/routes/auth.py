@@ -15,9 +15,9 @@ from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.endpoint import endpoint
 from shared.http.replies import success
-from shared.http.texts import END, Country, Email, Label
+from shared.http.texts import END, Email
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
-from shared.restaurants import NewRestaurant, Restaurant, RestaurantSettings, Slug
+from shared.restaurants import NewRestaurant, Restaurant, Slug
 from shared.security.emails import read_email
 from shared.security.passwords import NewPassword
 from shared.security.permissions import PUBLIC
@@ -43,19 +43,13 @@ Token = Annotated[
 ]
 
 
-class SettingsRequest(RestaurantSettings, frozen=True, forbid_unknown_fields=True):
-    country: Country | None = None
-
-
 class RegisterRestaurant(NewRestaurant):
     """`tax_basis_points`: 500 means 5 %. A sale before `cutoff_hour` belongs to the previous business day. The setting
     TICKETRAIL_REGISTRATION decides whether `invitation_code` is needed."""
 
     email: Email
     password: NewPassword
-    admin_name: Label | None = None
     invitation_code: Invitation | None = None
-    settings: SettingsRequest = SettingsRequest()
 
 
 class Login(Request):
@@ -116,7 +110,7 @@ async def register_restaurant(request: Call) -> ASGIApp:
     requested = read_body(await request.whole_body(), RegisterRestaurant)
     context = context_of(request)
     email = read_email(requested.email)
-    restaurant = Restaurant.of(requested, email=email, settings=requested.settings)
+    restaurant = Restaurant.of(requested, email=email)
     session = await context.sign_in.register(
         restaurant,
         email,

@@ -20,7 +20,7 @@ from services.sync.cli.trace_search import find_traces
 from services.sync.cli.user_accounts import note_token, revoke_token, users_between
 from services.sync.command_options import Number, OrderName, WholeNumber
 from services.sync.command_output import console
-from services.sync.command_session import CommandSession, run
+from services.sync.command_session import CommandSession, refusal, run
 from services.sync.command_system import ASKS_FOR_HELP, follow_system, system_label
 from services.sync.conflicts import commands as conflict_commands
 from services.sync.dead_letters import commands as dead_letter_commands
@@ -30,6 +30,7 @@ from services.sync.ledger import commands as ledger_commands
 from services.sync.maintenance import commands as maintenance_commands
 from services.sync.mirror import commands as mirror_commands
 from shared.entities.contract import encode
+from shared.errors import TicketrailError
 from shared.messaging import asyncapi, declare
 from shared.messaging.management import make_service_users, make_watcher
 from shared.messaging.recovery import BrokerNotReady, until_ready, when_ready
@@ -44,13 +45,15 @@ _MANAGEMENT_READY_SECONDS = 10.0
 
 
 class _Commands(click.Group):
-    """A command group that reports an invalid setting in one sentence, for every command."""
+    """A command group that reports an invalid setting or argument in one sentence, for every command."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except SettingsError as error:
             raise click.ClickException(str(error)) from None
+        except TicketrailError as error:
+            raise refusal(error) from None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

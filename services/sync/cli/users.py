@@ -3,12 +3,19 @@
 import sys
 
 import click
+from msgspec import Struct
 
 from services.sync.cli.user_accounts import add_user, set_password
 from services.sync.command_session import connected, run
 from services.sync.id_argument import RESTAURANT
+from shared.http.bodies import read_fields
+from shared.http.texts import Label
 from shared.security.tokens import Role
 from shared.settings import Settings
+
+
+class _Named(Struct):
+    name: Label | None = None
 
 
 @click.group("user")
@@ -21,8 +28,8 @@ def user_command() -> None:
 @click.argument("email")
 @click.option("--role", type=click.Choice([role.value for role in Role]), default="operator", show_default=True)
 @click.option("--restaurant", type=RESTAURANT, help="id, prefix of an id, or slug; not for operators")
-@click.option("--name", default="")
-def add_command(email: str, role: str, restaurant: str | None, name: str) -> None:
+@click.option("--name")
+def add_command(email: str, role: str, restaurant: str | None, name: str | None) -> None:
     """Add a user and print its id."""
     if (Role(role) is Role.OPERATOR) is (restaurant is not None):
         raise click.UsageError("every role except operator needs --restaurant; operator must not have it")
@@ -35,10 +42,11 @@ def add_command(email: str, role: str, restaurant: str | None, name: str) -> Non
                 role=Role(role),
                 password=password,
                 restaurant=restaurant,
-                name=name,
+                name=named.name or "",
             )
 
-    settings, password = Settings.load(), read_password()
+    settings, named = Settings.load(), read_fields({"name": name}, _Named)
+    password = read_password()
     click.echo(run(add()))
 
 

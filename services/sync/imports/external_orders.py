@@ -5,13 +5,13 @@ an update, even a late one, adds payments and never removes any.
 """
 
 from datetime import datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import msgspec
 from msgspec import Meta, Struct
 
-from shared.entities.contract import NO_NUL, NO_NUL_SENTENCE, SENTENCE, Amount, Lane, Money, Text, Time, in_range
+from shared.entities.contract import SENTENCE, Amount, Lane, Money, Text, Time, in_range
 from shared.entities.order import (
     Customization,
     Order,
@@ -22,7 +22,7 @@ from shared.entities.order import (
     payment_status,
 )
 from shared.errors import Conflict, InvalidInput
-from shared.http.texts import Label
+from shared.http.texts import END, FORM, LABEL, LABEL_FORM, Label
 from shared.restaurants import Restaurant
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/external-order")
@@ -30,6 +30,10 @@ _MAX_AMOUNT = 10**12  # minor units
 _MAX_PAYMENTS = 1_000
 _MAX_CRITICAL_AGE = timedelta(days=1)
 _FINAL_STATUSES = (OrderStatus.COMPLETED, OrderStatus.CANCELLED)
+_OPTIONAL_LABEL: dict[str, Any] = {
+    "pattern": rf"^(?:{LABEL})?{END}",
+    "extra": {SENTENCE: "must have no control characters or invisible ones", FORM: LABEL_FORM},
+}
 _RANK = {status: rank for rank, status in enumerate(OrderStatus)}
 
 
@@ -74,7 +78,7 @@ class ExternalOrder(_External):
     items: Annotated[list[ExternalItem], Meta(min_length=1, max_length=1_000)]
     external_id: Label | None = None
     convex_id: Label | None = None
-    order_number: Annotated[str, Meta(max_length=40, pattern=NO_NUL, extra={SENTENCE: NO_NUL_SENTENCE})] = ""
+    order_number: Annotated[str, Meta(max_length=40, **_OPTIONAL_LABEL)] = ""
     status: OrderStatus = OrderStatus.PENDING
     table_id: UUID | None = None
     customer_id: UUID | None = None
