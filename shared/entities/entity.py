@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any
 
 import msgspec
@@ -254,6 +254,7 @@ def version_of(encoded: bytes) -> int:
         raise BrokenContract("contract_broken", f"data.after: {error}") from error
 
 
+@lru_cache(1_000)
 def type_version(type_: str) -> int:
     """Returns the major version in a type: `ticketrail.order.created.v2` -> 2. Raises BrokenContract."""
     found = _TYPE_VERSION.search(type_)
@@ -272,6 +273,7 @@ def _check_time(table: str, column: Column, row: Any) -> None:
         raise BrokenContract("contract_broken", f"data.after: {table}.{column.name} is out of range")
 
 
+@lru_cache(1_000)
 def event_of(type_: str) -> tuple[str, str, str]:
     """Splits a type: `ticketrail.order.created.v1` -> ("order", "created", "v1"). Raises BrokenContract for a type of
     another system."""

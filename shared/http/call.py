@@ -55,7 +55,7 @@ class Call(Request[Identity, Grant, Any]):
         pieces: list[bytes] = []
         size, more = 0, True
         open_bodies: OpenBodies = self.scope[OPEN_BODIES]  # type: ignore[literal-required]
-        async with open_bodies.body_of(self.scope["client_address"]) as body:  # type: ignore[typeddict-item]
+        with open_bodies.body_of(self.scope["client_address"]) as body:  # type: ignore[typeddict-item]
             while more and size <= MAX_BODY_BYTES:
                 message = await self.receive()
                 if message["type"] != "http.request":

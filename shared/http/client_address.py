@@ -36,7 +36,9 @@ class TrustedProxies:
         return peer
 
     def _trusts(self, address: str) -> bool:
-        return _is_address(address) and any(ip_address(address) in network for network in self._networks)
+        if not self._networks or not _is_address(address):
+            return False
+        return any(ip_address(address) in network for network in self._networks)
 
 
 def _forwarded(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:

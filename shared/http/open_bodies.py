@@ -6,6 +6,7 @@ connections never keep an honest client of the same address from sending a reque
 """
 
 import asyncio
+import time
 from types import TracebackType
 
 from shared.errors import RequestTimeout
@@ -14,26 +15,28 @@ from shared.settings import Settings
 
 OPEN_BODIES = "ticketrail.open_bodies"
 """The key in the ASGI scope of the OpenBodies of the service."""
+_SWEEP_SECONDS = 0.5
+_LATE = "the body did not arrive in time"
+_TOO_MANY = "too many requests from this address have unfinished bodies"
 
 
 class OpenBodies:
+    """One timer looks for late bodies, because a timer for each request would cost much more than reading its body."""
+
     def __init__(self, settings: Settings) -> None:
         self._timeout_seconds = settings.body_timeout_seconds
         self._bytes_per_second = settings.body_bytes_per_second
         self._per_address = settings.address_open_bodies
         self._open: dict[str, dict[OpenBody, None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self._open.values()))
 
     def body_of(self, address: str) -> "OpenBody":
-        """Returns a context in which the body of a request from this address is read. At its end it raises
-        RequestTimeout if the body came too slowly, or if the address has begun too many others since."""
-        return OpenBody(self, counted_as(address))
-
-    def deadline(self) -> float:
-        """Returns the time of the event loop at which a body that begins now must have arrived, in seconds."""
-        return asyncio.get_running_loop().time() + self._timeout_seconds
+        """Returns a context in which the current task reads the body of a request from this address. At its end it
+        raises RequestTimeout if the body came too slowly, or if the address has begun too many others since."""
+        return OpenBody(self, counted_as(address), time.monotonic() + self._timeout_seconds)
 
     def seconds_for(self, size: int) -> float:
         """Returns the time that bytes which have arrived add to the deadline."""
@@ -45,8 +48,10 @@ class OpenBodies:
             # The oldest one has had the most time, so it is the least likely to be honest.
             oldest = next(iter(others))
             del others[oldest]
-            oldest.end()
+            oldest.end(_TOO_MANY)
         others[body] = None
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep)
 
     def remove(self, body: "OpenBody") -> None:
         others = self._open.get(body.address, {})
@@ -54,41 +59,46 @@ class OpenBodies:
         if not others:
             self._open.pop(body.address, None)
 
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for others in self._open.values():
+            for body in others:
+                if body.deadline <= now:
+                    body.end(_LATE)
+        self._timer = asyncio.get_running_loop().call_later(_SWEEP_SECONDS, self._sweep) if self._open else None
+
 
 class OpenBody:
-    __slots__ = ("_bodies", "_deadline", "_ended", "_timeout", "address")
+    __slots__ = ("_bodies", "_cancelling", "_reason", "_task", "address", "deadline")
 
-    def __init__(self, bodies: OpenBodies, address: str) -> None:
+    def __init__(self, bodies: OpenBodies, address: str, deadline: float) -> None:
         self.address = address
+        self.deadline = deadline
+        """The time by which the body must have arrived, on the monotonic clock."""
         self._bodies = bodies
-        self._deadline = bodies.deadline()
-        self._timeout = asyncio.timeout_at(self._deadline)
-        self._ended = False
+        self._reason = ""
 
-    async def __aenter__(self) -> "OpenBody":
-        await self._timeout.__aenter__()
+    def __enter__(self) -> "OpenBody":
+        task = asyncio.current_task()
+        assert task is not None
+        self._task, self._cancelling = task, task.cancelling()
         self._bodies.add(self)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bodies.remove(self)
-        try:
-            await self._timeout.__aexit__(type_, error, traceback)
-        except TimeoutError as late:
-            if self._ended:
-                raise RequestTimeout("too many requests from this address have unfinished bodies") from late
-            raise RequestTimeout("the body did not arrive in time") from late
+        # Another cancellation, such as that of the shutdown, must go on.
+        if self._reason and self._task.uncancel() <= self._cancelling and type_ is asyncio.CancelledError:
+            raise RequestTimeout(self._reason) from error
 
     def received(self, size: int) -> None:
         """Moves the deadline, because a part of the body has arrived."""
-        if not self._ended and not self._timeout.expired():
-            self._deadline += self._bodies.seconds_for(size)
-            self._timeout.reschedule(self._deadline)
+        self.deadline += self._bodies.seconds_for(size)
 
-    def end(self) -> None:
+    def end(self, reason: str) -> None:
         """Ends the reading now."""
-        if not self._timeout.expired():
-            self._ended = True
-            self._timeout.reschedule(0.0)
+        if not self._reason:
+            self._reason = reason
+            self._task.cancel()

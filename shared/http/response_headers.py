@@ -32,6 +32,8 @@ class ResponseHeaders:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            if scope["type"] == "lifespan" and self._request_log is not None:
+                self._request_log.flush()
             return
         if scope["method"] == "HEAD":
             receive, send = head_as_get(scope, receive, send)
@@ -45,9 +47,10 @@ class ResponseHeaders:
             nonlocal status, trace_id
             if message["type"] == "http.response.start":
                 headers = [*message["headers"], *HEADERS, *added]
-                if not any(name == b"content-security-policy" for name, _ in message["headers"]):
+                found = dict(headers)
+                if b"content-security-policy" not in found:
                     headers.append((b"content-security-policy", CSP))
-                trace_id = next((value for name, value in added if name == b"x-trace-id"), b"")
+                trace_id = found.get(b"x-trace-id", b"")
                 # The authorization middleware does not run for an unknown or open path.
                 if not trace_id:
                     trace_id = tracing.begun().trace_id.encode()

@@ -4,6 +4,7 @@ Two spellings that look alike must be one name. So every text is brought into Un
 label loses the blanks around it, before anything reads the request.
 """
 
+import operator
 import unicodedata
 from collections.abc import Callable
 from functools import cache
@@ -124,4 +125,4 @@ def _tidy_all(values: Any, tidy: _Tidy) -> Any:
     if not isinstance(values, list | tuple):
         return values
     after = type(values)(map(tidy, values))
-    return values if after == values else after
+    return values if all(map(operator.is_, after, values)) else after

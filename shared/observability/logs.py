@@ -32,15 +32,15 @@ SERVER_LOGGING: dict[str, Any] = {
 
 
 class LossyOutput:
-    """A file that loses lines instead of raising an error. Takes whole lines."""
+    """A file that loses lines instead of raising an error. `write` takes one or more whole lines."""
 
     def __init__(self, fd: int, service: str) -> None:
         self._fd = fd
         self._service = service
         self._lost = 0
 
-    def write(self, line: str) -> None:
-        data = line.encode(errors="backslashreplace")
+    def write(self, text: str) -> None:
+        lines, data = text.count("\n"), text.encode(errors="backslashreplace")
         if self._lost:
             lost = {"service": self._service, "level": "error", "event": "log_lines_lost", "lines": self._lost}
             # The last line before the loss may be cut short.
@@ -49,7 +49,7 @@ class LossyOutput:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError:
-            self._lost += 1
+            self._lost += min(lines, data.count(b"\n"))
         else:
             self._lost = 0
 

@@ -1,5 +1,6 @@
 """The request log: a line for each request, with its user and restaurant, and no line of another format in the file."""
 
+import io
 import json
 from typing import Any
 from uuid import uuid4
@@ -71,6 +72,10 @@ async def test_logs_of_all_services_have_json_lines_alone_and_none_of_health_or_
         async with http_client(base_url=system.urls[service]) as client:
             for path in ("/health/live", "/health/ready", "/metrics"):
                 await client.get(path, headers={"X-Request-Id": request_id})
+            if service != "worker":  # it has no other routes and no request log
+                later = f"r-{uuid4()}"
+                await client.get("/nowhere", headers={"X-Request-Id": later})
+                await logged(system, later, service)
         lines = lines_of(system, service)
         assert {"started"} <= {line["event"] for line in lines} or service == "worker"
         assert any("granian" in line["event"] for line in lines), "the lines of the HTTP server are missing"
@@ -81,14 +86,32 @@ async def test_logs_of_all_services_have_json_lines_alone_and_none_of_health_or_
     ("level", "logged_statuses"),
     [("info", [200, 304, 404, 499, 503]), ("warning", [404, 499, 503]), ("error", [503]), ("off", [])],
 )
-def test_setting_is_the_lowest_level_that_is_logged(level: str, logged_statuses: list[int]) -> None:
-    class Lines(list[str]):
-        def write(self, line: str) -> None:
-            assert line.endswith("}\n")
-            self.append(line)
-
-    lines = Lines()
+async def test_setting_is_the_lowest_level_that_is_logged(level: str, logged_statuses: list[int]) -> None:
+    output = io.StringIO()
+    request_log = RequestLog(level, "orders", output)
     for status in (200, 304, 404, 0, 503):
         scope = {"path": "/api/orders", "method": "GET"}
-        RequestLog(level, "orders", lines).write(scope, status=status, began=0.0, request_id="r", trace_id="t")
-    assert [json.loads(line)["status"] for line in lines] == logged_statuses
+        request_log.write(scope, status=status, began=0.0, request_id="r", trace_id="t")
+    request_log.flush()
+    assert [json.loads(line)["status"] for line in output.getvalue().splitlines()] == logged_statuses
+
+
+async def test_lines_are_written_whole_and_in_order_and_none_waits_for_long() -> None:
+    class Writes(list[str]):
+        def write(self, text: str) -> None:
+            assert text.endswith("}\n")
+            self.append(text)
+
+    writes = Writes()
+    request_log = RequestLog("info", "orders", writes)
+    for number in range(100):
+        scope = {"path": "/api/orders", "method": "GET"}
+        request_log.write(scope, status=200, began=0.0, request_id=str(number), trace_id="t")
+
+    async def written() -> int:
+        return "".join(writes).count("\n")
+
+    assert await eventually(written, what="all lines", until=lambda lines: lines == 100) == 100
+    assert all(len(text) <= 4_096 for text in writes), "a pipe would mix the line with one of another process"
+    assert len(writes) < 20
+    assert [json.loads(line)["request_id"] for line in "".join(writes).splitlines()] == [str(n) for n in range(100)]
