@@ -229,7 +229,9 @@ class RabbitMQ(Server):
             # The node must not bind its schedulers to cores, because all nodes of a machine would choose the same core.
             "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
             # The node must not start a port mapper (ours already runs) and must not be reachable from other machines.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            # Its idle schedulers must sleep, not spin, because it shares few cores with all other servers and services.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}"
+            " +sbwt none +sbwtdcpu none +sbwtdio none",
             # This setting makes the start script become the server, not its parent, so that signals reach the server.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
