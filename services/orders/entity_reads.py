@@ -5,8 +5,9 @@ both are read and the guard decides; if neither has the entity, the answer is 50
 not exist. A state that the mirror lacks is written into it.
 
 Lists: the pending entities are read from the mirror first, then the page from PostgreSQL without them; the two are
-merged. A change that is committed in between is therefore found at least once. Without PostgreSQL a list comes from the
-mirror's live window and is marked as incomplete.
+merged. A change that is committed in between is therefore found at least once. Only a warm mirror knows all pending
+entities. With another one, or with none, the page has what PostgreSQL has, and is marked as incomplete. Without
+PostgreSQL it comes from the mirror's live window, and is incomplete too.
 """
 
 import asyncio
@@ -87,7 +88,9 @@ class Page(Struct, frozen=True):
     more: bool
     """True if there is a next page."""
     complete: bool
-    """False if PostgreSQL was unavailable. The page then has only entities of the mirror's live window."""
+    """False if entities or newer states may be missing, because PostgreSQL was unavailable or the mirror not warm."""
+    served_by: str = "postgres"
+    """`mirror` or `postgres`, for the header X-Served-By."""
 
 
 class EntityReads:
@@ -131,10 +134,10 @@ class EntityReads:
             warm, pending = await self._matching(entity, restaurant, pending_ids, selection, state)
         except (MirrorUnavailable, MirrorInDoubt) as error:
             log.info("list_without_mirror", error=str(error) or type(error).__name__)
-            pending_ids, warm, pending = [], True, []
+            pending_ids, warm, pending = [], False, []
         try:
             async with self._postgres.tenant(restaurant) as connection:
-                if not warm:
+                if pending_ids and not warm:
                     pending_ids, pending = await self._newer_than_stored(
                         entity, connection, restaurant, pending_ids, selection, state
                     )
@@ -149,7 +152,7 @@ class EntityReads:
         except UNAVAILABLE as error:
             return await self._live_page(entity, restaurant, selection, state, error)
         found = pending + [_from_stored(entity, row) for row in stored]
-        return self._cut(found, selection, complete=True)
+        return self._cut(found, selection, complete=warm)
 
     async def drain(self) -> None:
         """Waits until the running repairs of the mirror have ended."""
@@ -174,7 +177,6 @@ class EntityReads:
             read_ids = self._mirror.failed_ids if state is SyncState.FAILED else self._mirror.pending_ids
             ids = await read_ids(restaurant, entity.name)
             warm, found = await self._matching(entity, restaurant, ids, selection, state)
-            warm = warm and (bool(ids) or await self._mirror.is_warm())
         except (MirrorUnavailable, MirrorInDoubt):
             warm, found = False, []
         if not warm:
@@ -190,7 +192,7 @@ class EntityReads:
             _, found = await self._matching(entity, restaurant, ids, selection, state)
         except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("the list cannot be read now", retry_after=2.0) from error
-        return self._cut(found, selection, complete=False)
+        return self._cut(found, selection, complete=False, served_by="mirror")
 
     async def _newer_than_stored(
         self,
@@ -220,10 +222,10 @@ class EntityReads:
         self, entity: Entity, restaurant: str, ids: list[str], selection: Selection, state: SyncState | None
     ) -> tuple[bool, list[FoundState]]:
         """Returns (whether the mirror was warm for every read, matching states). `ids` must have the newest first,
-        because reading stops when the page is full."""
+        because reading stops when the page is full. Without ids it asks only whether the mirror is warm."""
         found: list[FoundState] = []
         all_warm = True
-        for start in range(0, len(ids), _BLOCK_ENTITIES):
+        for start in range(0, max(len(ids), 1), _BLOCK_ENTITIES):
             warm, documents = await self._mirror.read(restaurant, entity.name, ids[start : start + _BLOCK_ENTITIES])
             found += [
                 one
@@ -235,13 +237,15 @@ class EntityReads:
                 break
         return all_warm, found
 
-    def _cut(self, found: list[FoundState], selection: Selection, *, complete: bool) -> Page:
+    def _cut(
+        self, found: list[FoundState], selection: Selection, *, complete: bool, served_by: str = "postgres"
+    ) -> Page:
         def newest(one: FoundState) -> tuple[float, str]:
             state = one.decoded()
             return state.created_at.timestamp(), state.id
 
         found.sort(key=newest, reverse=True)
-        return Page(found[: selection.limit], len(found) > selection.limit, complete)
+        return Page(found[: selection.limit], len(found) > selection.limit, complete, served_by)
 
     # -- repair ------------------------------------------------------------------------------------------------
 

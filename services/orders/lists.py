@@ -71,7 +71,7 @@ def list_reply(
     ]
     return success(
         rows,
-        headers={"X-Served-By": "postgres" if page.complete else "mirror"},
+        headers={"X-Served-By": page.served_by},
         pagination={"limit": query.limit, "next_cursor": _after(page.found[-1].decoded()) if page.more else None},
         complete=page.complete,
     )

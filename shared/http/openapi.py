@@ -377,7 +377,7 @@ def _envelope(
         }
         properties["complete"] = {
             "type": "boolean",
-            "description": "false: PostgreSQL is unavailable, and the list has only the mirror's recent entries",
+            "description": "false: a store is unavailable or not filled yet, so that entries may be missing",
         }
         required.append("pagination")
     return {"type": "object", "properties": properties, "required": required}

@@ -19,6 +19,13 @@ async def test_read_of_what_postgres_lacks_is_503_until_the_mirror_is_warm(syste
                 assert int(reply.headers["retry-after"]) >= 1
             assert (await admin.put(f"{url}/api/menu/{uuid4()}", json={"price": 1})).status_code == 503
 
+            # A list may lack what PostgreSQL does not have yet, and says so.
+            for path in ("/api/orders", "/api/menu", "/api/payments"):
+                reply = await admin.get(f"{url}{path}")
+                expect(reply)
+                assert reply.json()["complete"] is False, (name, path)
+                assert reply.headers.get("x-served-by") in (None, "postgres")
+
             # What PostgreSQL has is read from it.
             async def stored(url: str = url) -> int:
                 return (await admin.get(f"{url}/api/menu/{dish['id']}")).status_code
@@ -26,4 +33,6 @@ async def test_read_of_what_postgres_lacks_is_503_until_the_mirror_is_warm(syste
             await eventually(stored, what="the dish in PostgreSQL", until=lambda status: status == 200)
     async with system.client(token=restaurant.token) as admin:
         refused(await admin.get(f"/api/orders/{uuid4()}"), 404, "not_found")
+        for path in ("/api/orders", "/api/menu", "/api/payments"):
+            assert (await admin.get(path)).json()["complete"] is True, path
         assert expect(await admin.get(f"/api/menu/{dish['id']}"))["id"] == dish["id"]

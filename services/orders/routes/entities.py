@@ -76,7 +76,8 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         action=read,
         summary=f"List {nouns}",
         description="The newest ones come first. `next_cursor` of a page leads to the next one. While PostgreSQL is"
-        " unavailable, the list has only what the mirror has, and `complete` is false.",
+        " unavailable, the list has only what the mirror has. While the mirror is not warm, it may lack changes that"
+        " PostgreSQL does not have yet. `complete` is then false.",
         query=resource.query,
         many=True,
     )

@@ -89,7 +89,8 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
     tag="Payments",
     summary="List payments, newest first",
     description="Refunds have negative amounts. While PostgreSQL is unavailable, the list has only payments of"
-    " recent orders, and `complete` is false.",
+    " recent orders. While the mirror is not warm, it may lack those that PostgreSQL does not have yet. `complete` is"
+    " then false.",
     query=PaymentsQuery,
     answer=ListedPayment,
     many=True,
@@ -108,16 +109,17 @@ async def list_payments(request: Call) -> ASGIApp:
     # Pending orders are read first, as in every list, so that a change that is committed in between is found at least
     # once.
     try:
-        seen = await _payments_in_mirror(context, tenant, await context.mirror.pending_ids(tenant, orders.ENTITY.name))
+        pending = await context.mirror.pending_ids(tenant, orders.ENTITY.name)
+        complete, seen = await _payments_in_mirror(context, tenant, pending)
     except (MirrorUnavailable, MirrorInDoubt):
-        seen = []
-    complete = True
+        complete, seen = False, []
     try:
         async with context.postgres.tenant(tenant) as connection:
             seen += [ListedPayment(**row) for row in await money.payments(connection, tenant, requested)]
     except UNAVAILABLE as error:
         try:
-            seen = await _payments_in_mirror(context, tenant, await context.mirror.live_ids(tenant, orders.ENTITY.name))
+            recent = await context.mirror.live_ids(tenant, orders.ENTITY.name)
+            _, seen = await _payments_in_mirror(context, tenant, recent)
         except (MirrorUnavailable, MirrorInDoubt):
             raise Unavailable("payments cannot be listed now", retry_after=2.0) from error
         complete = False
@@ -127,11 +129,13 @@ async def list_payments(request: Call) -> ASGIApp:
     return success(page, pagination=pagination, complete=complete)
 
 
-async def _payments_in_mirror(context: RouteContext, tenant: str, ids: list[str]) -> list[ListedPayment]:
-    """Returns the payments of these orders from the mirror. Raises MirrorUnavailable, MirrorInDoubt."""
-    found = []
-    for start in range(0, len(ids), _BLOCK_ORDERS):
-        _, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK_ORDERS])
+async def _payments_in_mirror(context: RouteContext, tenant: str, ids: list[str]) -> tuple[bool, list[ListedPayment]]:
+    """Returns (whether the mirror is warm, the payments of these orders in it). Raises MirrorUnavailable,
+    MirrorInDoubt."""
+    all_warm, found = True, []
+    for start in range(0, max(len(ids), 1), _BLOCK_ORDERS):
+        warm, documents = await context.mirror.read(tenant, orders.ENTITY.name, ids[start : start + _BLOCK_ORDERS])
+        all_warm = all_warm and warm
         for document in documents:
             if document is not None:
                 order = orders.ENTITY.decode_state(document.state)
@@ -139,7 +143,7 @@ async def _payments_in_mirror(context: RouteContext, tenant: str, ids: list[str]
                     ListedPayment(one.id, order.id, one.amount, one.method, one.created_at, one.reference)
                     for one in order.payments
                 ]
-    return found
+    return all_warm, found
 
 
 @endpoint(
