@@ -27,7 +27,9 @@ _INSERT_USER = (
     " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing returning " + _FIELDS
 )
 _BEGIN_SESSION = "select family, epoch from begin_session($1, $2, $3, $4)"
-_SET_ACTOR = "select set_config('app.actor', $1, true)"  # whom the audit of identity names (0008_identity.sql)
+# Whom the audit of identity names, and the address of whose request (0008_identity.sql).
+_SET_ACTOR = "select set_config('app.actor', $1, true)"
+_SET_ADDRESS = "select set_config('app.address', $1, true)"
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")
 
 
@@ -72,6 +74,13 @@ class Accounts:
             raise Unavailable("sign-in needs the database, which is unavailable", retry_after=2.0) from error
 
     @asynccontextmanager
+    async def _session_of(self, address: str) -> AsyncIterator[Connection]:
+        """A transaction whose events in the audit of identity have this address of a client."""
+        async with self._without_tenant() as connection, connection.transaction():
+            await connection.execute(_SET_ADDRESS, address)
+            yield connection
+
+    @asynccontextmanager
     async def _as_tenant(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
         committing = False
         try:
@@ -96,8 +105,8 @@ class Accounts:
             row = await connection.fetchrow("select * from sign_in_user($1)", plain_email(email))
         return None if row is None else (_user(row), row["password_hash"])
 
-    async def note_failed_sign_in(self, email: str) -> None:
-        async with self._without_tenant() as connection:
+    async def note_failed_sign_in(self, email: str, address: str) -> None:
+        async with self._session_of(address) as connection:
             await connection.execute("select note_failed_sign_in($1)", plain_email(email))
 
     async def find_restaurant_by_slug(self, slug: str) -> Restaurant | None:
@@ -105,19 +114,21 @@ class Accounts:
             return await find_restaurant_by_slug(connection, slug)
 
     async def begin_session(
-        self, token_sha256: bytes, user: str, matched_hash: str, ttl_seconds: int
+        self, token_sha256: bytes, user: str, matched_hash: str, ttl_seconds: int, address: str
     ) -> Session | None:
         """Begins a session. Returns None if the user is inactive or if `matched_hash` is no longer the user's hash."""
-        async with self._without_tenant() as connection:
+        async with self._session_of(address) as connection:
             row = await connection.fetchrow(
                 _BEGIN_SESSION, token_sha256, user, matched_hash, timedelta(seconds=ttl_seconds)
             )
         return None if row is None else _session(row)
 
     async def rotate_session(
-        self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int, access_ttl_seconds: int
+        self, old_sha256: bytes, new_sha256: bytes, ttl_seconds: int, access_ttl_seconds: float, address: str
     ) -> Rotated:
-        async with self._without_tenant() as connection:
+        """Exchanges a refresh token. `access_ttl_seconds`: the time in which all access tokens of the session expire,
+        which are refused if the token was used before."""
+        async with self._session_of(address) as connection:
             row = await connection.fetchrow(
                 "select * from rotate_session($1, $2, $3, $4)",
                 old_sha256,
@@ -128,8 +139,8 @@ class Accounts:
             assert row is not None
         return Rotated(row["outcome"], None if row["id"] is None else (_user(row), _session(row)))
 
-    async def end_session(self, token_sha256: bytes, access_ttl_seconds: int) -> None:
-        async with self._without_tenant() as connection:
+    async def end_session(self, token_sha256: bytes, access_ttl_seconds: float, address: str) -> None:
+        async with self._session_of(address) as connection:
             await connection.execute("select end_session($1, $2)", token_sha256, timedelta(seconds=access_ttl_seconds))
 
     # -- passwords ---------------------------------------------------------------------------------------------
@@ -144,19 +155,19 @@ class Accounts:
             row = await connection.fetchrow("select * from password_of($1)", user_id)
         return None if row is None or row["password_hash"] is None else (row["email"], row["password_hash"])
 
-    async def change_password(self, user_id: str, known_hash: str, new_hash: str) -> bool:
+    async def change_password(self, user_id: str, known_hash: str, new_hash: str, address: str) -> bool:
         """Replaces a password and ends all sessions of the user. Returns False if `known_hash` is no longer the user's
         hash."""
-        async with self._without_tenant() as connection:
+        async with self._session_of(address) as connection:
             changed: bool = await connection.fetchval(
                 "select change_password($1, $2, $3)", user_id, known_hash, new_hash
             )
         return changed
 
-    async def reset_password(self, email: str, code_sha256: bytes, new_hash: str) -> bool:
+    async def reset_password(self, email: str, code_sha256: bytes, new_hash: str, address: str) -> bool:
         """Replaces a password with a code and ends all sessions of the user. Returns False for a code that is not valid
         for this email."""
-        async with self._without_tenant() as connection:
+        async with self._session_of(address) as connection:
             user = await connection.fetchval(
                 "select reset_password($1, $2, $3)", plain_email(email), code_sha256, new_hash
             )
@@ -182,6 +193,7 @@ class Accounts:
         password_hash: str,
         token_sha256: bytes,
         ttl_seconds: int,
+        address: str,
         *,
         invitation_sha256: bytes | None = None,
     ) -> tuple[User, Session]:
@@ -189,6 +201,7 @@ class Accounts:
         transaction. Raises Conflict if the slug or the email is in use, InvalidInput for a time zone that the database
         does not know, and Forbidden for an invitation that is not valid."""
         async with self._as_tenant(restaurant.id, readonly=False) as connection:
+            await connection.execute(_SET_ADDRESS, address)
             if invitation_sha256 is not None and not await connection.fetchval(
                 "select use_invitation($1)", invitation_sha256
             ):

@@ -69,7 +69,8 @@ async def identity_events(
     rows = await connection.fetch(
         "select t.id::text as change_id, t.entity, t.entity_id::text, null::int as version,"  # noqa: S608
         " 'ticketrail.' || t.entity || '.' || t.action as type, 'identity' as source, t.at as accepted_at, t.actor,"
-        f" t.changed::text from identity_events t where {where} order by t.at desc, t.id desc limit {int(limit)}",
+        " t.address, t.changed::text"
+        f" from identity_events t where {where} order by t.at desc, t.id desc limit {int(limit)}",
         *where.values,
     )
     return [dict(row) for row in rows]

@@ -27,6 +27,7 @@ from shared.mirror.mirror import Mirror
 from shared.restaurants import Restaurant
 from shared.security.one_time_codes import RESET_SECONDS, code_digest, new_code
 from shared.security.passwords import check_new_password, fits, hash_password
+from shared.security.token_clock import LEEWAY_SECONDS
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 
@@ -63,6 +64,8 @@ class SignIn:
         self._reads = reads
         self._tokens = tokens
         self._settings = settings
+        # A token that begins now is accepted for its lifetime and the leeway.
+        self._access_tokens_last_seconds = settings.access_token_ttl_seconds + LEEWAY_SECONDS
         self._successor_key = tokens.derived_secret("refresh-token")
         self._unknown_account_hash = hash_password(secrets.token_urlsafe(16))
         self._hashing = asyncio.Semaphore(_HASHING_CONCURRENCY)
@@ -107,7 +110,7 @@ class SignIn:
             self._settings.refresh_token_ttl_seconds,
         )
         user, session = await self._accounts.register(
-            restaurant, email, name, hashed, _digest(token), ttl, invitation_sha256=invitation
+            restaurant, email, name, hashed, _digest(token), ttl, address, invitation_sha256=invitation
         )
         return self._session(user, session, token)
 
@@ -128,28 +131,28 @@ class SignIn:
         """Signs a user in. Raises Unauthenticated, TooManyRequests."""
         try:
             async with self.limits.attempt(email, address):
-                session = await self._login(email, password)
+                session = await self._login(email, password, address)
         except Unauthenticated:
             log.warning("sign_in_failed", account=account_of(email), address=address)
-            await self._accounts.note_failed_sign_in(email)
+            await self._accounts.note_failed_sign_in(email, address)
             raise
         log.info("signed_in", user=session.user.id, restaurant=session.user.restaurant_id, address=address)
         return session
 
-    async def _login(self, email: str, password: str) -> SignInSession:
+    async def _login(self, email: str, password: str, address: str) -> SignInSession:
         found = await self._accounts.by_email(email)
         stored_hash = found[1] if found is not None and found[1] else None
         matches = await self.fits(stored_hash or self._unknown_account_hash, password)
         if found is None or stored_hash is None or not matches:
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         token, ttl = secrets.token_urlsafe(32), self._settings.refresh_token_ttl_seconds
-        session = await self._accounts.begin_session(_digest(token), found[0].id, stored_hash, ttl)
+        session = await self._accounts.begin_session(_digest(token), found[0].id, stored_hash, ttl, address)
         if session is None:
             # The password was changed or the user was deactivated after the lookup.
             raise Unauthenticated("email or password is wrong", code="wrong_credentials")
         return self._session(found[0], session, token)
 
-    async def refresh(self, token: str) -> SignInSession:
+    async def refresh(self, token: str, address: str) -> SignInSession:
         """Returns new tokens for a refresh token, which is then no longer valid. Raises Unauthenticated. A token that
         was used before, more than ten seconds ago, ends its session."""
         new = self._successor(token)
@@ -157,19 +160,20 @@ class SignIn:
             _digest(token),
             _digest(new),
             self._settings.refresh_token_ttl_seconds,
-            self._settings.access_token_ttl_seconds,
+            self._access_tokens_last_seconds,
+            address,
         )
         if rotated.found is None:
             code = "refresh_token_reused" if rotated.outcome == "reused" else "refresh_token_invalid"
             if rotated.outcome == "reused":
-                log.warning("refresh_token_reused")
+                log.warning("refresh_token_reused", address=address)
             raise Unauthenticated("this refresh token is no longer valid: sign in again", code=code)
         return self._session(*rotated.found, new)
 
-    async def logout(self, token: str) -> None:
+    async def logout(self, token: str, address: str) -> None:
         """Ends the session of a refresh token. Its access tokens are refused within seconds."""
-        await self._accounts.end_session(_digest(token), self._settings.access_token_ttl_seconds)
-        log.info("signed_out")
+        await self._accounts.end_session(_digest(token), self._access_tokens_last_seconds, address)
+        log.info("signed_out", address=address)
 
     async def change_password(self, user_id: str, current: str, new: str, address: str) -> None:
         """Changes the password of the caller and ends all its sessions. Raises NotFound for a guest, who has no
@@ -186,7 +190,7 @@ class SignIn:
             # A 401 would make clients throw the token away, which is valid.
             raise InvalidInput("wrong password", field="current_password", code="wrong_password") from error
         hashed = await self.hash_new(new, email, field="new_password")
-        if not await self._accounts.change_password(user_id, known, hashed):
+        if not await self._accounts.change_password(user_id, known, hashed, address):
             raise Conflict("the password was changed meanwhile", code="password_changed")
         log.info("password_changed", user=user_id, address=address)
 
@@ -202,7 +206,7 @@ class SignIn:
         about the email, InvalidInput, TooManyRequests."""
         async with self.limits.attempt(email, address):
             hashed = await self.hash_new(new, email, field="new_password")
-            if not await self._accounts.reset_password(email, code_digest(code), hashed):
+            if not await self._accounts.reset_password(email, code_digest(code), hashed, address):
                 raise Unauthenticated("email or code is wrong, or the code is used or expired", code="wrong_reset_code")
         log.info("password_reset", account=account_of(email), address=address)
 

@@ -90,6 +90,43 @@ async def test_life_of_a_user_is_audited(system: System, url: str, own: Register
         assert all(one["entity"] != "user" for one in expect(await admin.get("/api/audit")))
 
 
+async def test_audit_of_a_session_has_the_address_of_the_client(
+    system: System, url: str, own: RegisteredRestaurant
+) -> None:
+    user = await own.user()
+    email, there = user["email"], "203.0.113.77"
+    # A client can write what it wants before the address that the trusted proxy adds.
+    expect(await sign_in(url, email, "a wrong password", address=f"198.51.100.9, {there}"), 401)
+    session = expect(await sign_in(url, email, address=there))
+    async with client(url, address=there) as anybody:
+        expect(await anybody.post("/api/auth/logout", json={"refresh_token": session["refresh_token"]}))
+    again = expect(await sign_in(url, email, address=there))
+    async with client(url, again["access_token"], address=there) as staff:
+        body = {"current_password": PASSWORD, "new_password": NEW}
+        expect(await staff.post("/api/auth/password", json=body))
+    async with own.client() as admin, client(url, address=there) as anybody:
+        code = expect(await admin.post(f"/api/users/{user['id']}/password-reset"), 201)["code"]
+        body = {"email": email, "code": code, "new_password": PASSWORD}
+        expect(await anybody.post("/api/auth/password-reset", json=body))
+    # The shared system trusts no proxy, so the header says nothing there.
+    expect(await sign_in(system.urls["orders"], email, address=there))
+    events = await audited(own, "user", user["id"])
+    assert [(name, event["address"]) for (name, _), event in zip(actions(events), events, strict=True)] == [
+        ("created", None),
+        ("sign_in_failed", there),
+        ("signed_in", there),
+        ("signed_out", there),
+        ("signed_in", there),
+        ("password_changed", there),
+        ("reset_code_made", None),
+        ("password_changed", there),
+        ("signed_in", "127.0.0.1"),
+    ]
+    for event in ("sign_in_failed", "signed_in", "signed_out", "password_changed", "password_reset"):
+        assert there in [line["address"] for line in logged(system, event)], event
+    assert all(event["address"] for event in await audited(own, "user", own.admin_id))
+
+
 async def test_reuse_of_a_refresh_token_is_audited(system: System, url: str, own: RegisteredRestaurant) -> None:
     user = await own.user()
     first = expect(await sign_in(url, user["email"]))
@@ -99,7 +136,9 @@ async def test_reuse_of_a_refresh_token_is_audited(system: System, url: str, own
             "update refresh_tokens set used_at = used_at - interval '1 minute' where user_id = $1", user["id"]
         )
     expect(await refresh(url, first["refresh_token"]), 401)
-    assert actions(await audited(own, "user", user["id"]))[-1] == ("refresh_token_reused", user["email"])
+    events = await audited(own, "user", user["id"])
+    assert actions(events)[-1] == ("refresh_token_reused", user["email"])
+    assert events[-1]["address"] not in (None, events[-2]["address"])
     assert logged(system, "refresh_token_reused")
 
 

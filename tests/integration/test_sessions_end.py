@@ -6,13 +6,14 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import uuid4
 
+import jwt
 import pytest
 from msgspec import Struct
 
 from services.sync.cli.user_accounts import set_password
 from shared.postgres.pool import Postgres
 from shared.security.revoked import RevocationPoller, RevokedTokens
-from shared.security.token_clock import TokenClock
+from shared.security.token_clock import LEEWAY_SECONDS, TokenClock
 from shared.settings import Settings
 from tests.rigs.notifier import Screen, screen_at
 from tests.rigs.sign_in import RegisteredRestaurant, client, expect, refresh, register, sign_in
@@ -134,6 +135,21 @@ async def test_a_service_that_starts_later_refuses_what_ended_before(
         await log_out(restaurant, one)
         async with system.another_orders("later") as later, client(later, one.access_token) as caller:
             assert expect(await caller.get("/api/auth/me"), 401)["code"] == "session_ended"
+
+
+async def test_a_logout_is_kept_for_as_long_as_the_tokens_of_its_session_are_accepted(
+    system: System, restaurant: RegisteredRestaurant
+) -> None:
+    """Not shorter, or a token would be accepted again. Not much longer, because every service keeps it in memory."""
+    async with signed_in(restaurant) as one:
+        claims = jwt.decode(one.access_token, options={"verify_signature": False})
+        accepted_until = claims["exp"] + LEEWAY_SECONDS
+        await log_out(restaurant, one)
+    async with system.database("ticketrail_owner") as connection:
+        until = await connection.fetchval(
+            "select extract(epoch from until)::float8 from revocations where subject = $1", f"family:{claims['family']}"
+        )
+    assert accepted_until <= until < accepted_until + 60
 
 
 async def test_the_last_list_holds_while_postgres_is_unavailable_and_after_it_lost_rows(system: System) -> None:

@@ -43,6 +43,8 @@ class AuditedChange(Struct, frozen=True):
     actor: str | None
     changed: dict[str, Any]
     """Name of each changed field -> {"before", "after"}. Empty for a creation."""
+    address: str | None = None
+    """The address from which a user signed in or out, failed to, or changed a password."""
 
 
 @endpoint(
@@ -54,7 +56,7 @@ class AuditedChange(Struct, frozen=True):
     description="Each entry is one recorded change with the old and the new values of the fields that it changed."
     " The list comes from PostgreSQL and is late by the sync lag. With `entity=user` or `entity=api_key` it shows"
     " sign-ins, failed ones too, sign-outs, and what was made, changed or revoked; without `entity`, these are left"
-    " out.",
+    " out. `address` is that of the client who signed in or out, failed to, or set a password.",
     query=AuditQuery,
     answer=AuditedChange,
     many=True,

@@ -156,7 +156,7 @@ async def login(request: Call) -> ASGIApp:
 )
 async def refresh(request: Call) -> ASGIApp:
     requested = read_body(await request.whole_body(), Refresh)
-    return success(await context_of(request).sign_in.refresh(requested.refresh_token))
+    return success(await context_of(request).sign_in.refresh(requested.refresh_token, address_of(request)))
 
 
 @endpoint(
@@ -173,7 +173,7 @@ async def refresh(request: Call) -> ASGIApp:
 )
 async def logout(request: Call) -> ASGIApp:
     requested = read_body(await request.whole_body(), Refresh)
-    await context_of(request).sign_in.logout(requested.refresh_token)
+    await context_of(request).sign_in.logout(requested.refresh_token, address_of(request))
     return success(LoggedOut())
 
 

@@ -170,6 +170,8 @@ create table identity_events (
     entity_id uuid not null,
     action text not null,          -- such as signed_in or revoked
     actor text not null,
+    -- of the client, if its request has set one; a default, so that no function can forget it
+    address text default nullif(current_setting('app.address', true), ''),
     at timestamptz not null default clock_timestamp(),
     changed json not null default '{}'  -- field -> {"before", "after"}
 );
