@@ -4,10 +4,12 @@ Unknown `TICKETRAIL_…` names are refused; otherwise a misspelt setting would s
 """
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,12 +96,19 @@ def load(kind: type[S]) -> S:
 
 
 @contextmanager
-def exit_on_bad_settings() -> Iterator[None]:
-    """Prints a SettingsError without a traceback and exits with code 1. Use it around the entry point of a process."""
+def exit_on_bad_settings(service: str | None = None) -> Iterator[None]:
+    """Prints a SettingsError without a traceback and exits with code 1. Use it around the entry point of a process.
+    `service`: the name of a service in its log. If nobody watches its output on a terminal, that is a log file of JSON
+    lines, so the errors are one such line."""
     try:
         yield
     except SettingsError as error:
-        sys.exit("\n".join(f"ticketrail: {line}" for line in str(error).splitlines()))
+        lines = str(error).splitlines()
+        if service is None or sys.stderr.isatty():
+            sys.exit("\n".join(f"ticketrail: {line}" for line in lines))
+        at = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        found = {"service": service, "errors": lines, "event": "settings_refused", "level": "error", "timestamp": at}
+        sys.exit(json.dumps(found))
 
 
 def read_env_file(kind: type[BaseSettings]) -> dict[str, str]:

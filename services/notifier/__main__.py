@@ -8,7 +8,7 @@ from shared.settings import Settings
 from shared.settings_loading import exit_on_bad_settings
 
 if __name__ == "__main__":
-    with exit_on_bad_settings():
+    with exit_on_bad_settings("notifier"):
         settings = Settings.load()
         Tokens.of(settings)
         require_database(settings)

@@ -7,7 +7,7 @@ from shared.settings import Settings
 from shared.settings_loading import exit_on_bad_settings
 
 if __name__ == "__main__":
-    with exit_on_bad_settings():
+    with exit_on_bad_settings("orders"):
         settings = Settings.load()
         Tokens.of(settings).require_signing()
         require_home(settings, settings.journal_folder)

@@ -9,16 +9,19 @@ from shared.settings import Settings
 from shared.settings_loading import exit_on_bad_settings
 
 if __name__ == "__main__":
-    with exit_on_bad_settings():
+    process = " ".join(sys.argv[1:])
+    if process not in ("worker", "api"):
+        sys.exit("usage: python -m services.sync worker|api")
+    service = f"sync-{process}"
+    with exit_on_bad_settings(service):
         settings = Settings.load()
-        if sys.argv[1:] == ["api"]:
+        if process == "api":
             Tokens.of(settings)
         require_home_of_traces(settings)
-    match sys.argv[1:]:
-        case ["worker"]:
-            target, name, port = "services.sync.worker:create", "sync-worker", settings.worker_port
-        case ["api"]:
-            target, name, port = "services.sync.api:create", "sync-api", settings.sync_port
-        case _:
-            sys.exit("usage: python -m services.sync worker|api")
-    serve(target, service=name, host=settings.host, port=port, connections=settings.client_connections)
+    serve(
+        f"services.sync.{process}:create",
+        service=service,
+        host=settings.host,
+        port=settings.worker_port if process == "worker" else settings.sync_port,
+        connections=settings.client_connections,
+    )
