@@ -5,7 +5,8 @@
              The state keeps the hash of the request that created it
     fact     a payment or a move has the id of the body, else one that is derived in the same way and from its entity.
              So the state and the tables keep it once, in every fork. If a request has both, the fact keeps what was
-             derived from the key beside its id, and the key decides: with another id it is another request
+             derived from the key beside its id, and the key decides: with another id it is another request (in a
+             fork both count, docs/losses.md)
 
 The same key with another body is refused (422), and so is the same id with other content (409). Both hold also after
 the entity has changed or was deleted.

@@ -125,6 +125,14 @@ async def test_head_is_answered_like_get_without_content(system: System, service
         assert (await client.head("/health/live", headers={"Connection": "close"})).status_code == 200
 
 
+@pytest.mark.parametrize("service", [*SERVICES, "worker"])
+async def test_health_is_the_same_as_ready(system: System, service: str) -> None:
+    async with http_client(base_url=system.urls[service]) as client:
+        alias, ready = await client.get("/health"), await client.get("/health/ready")
+    assert (alias.status_code, alias.json()["status"]) == (200, "ready")
+    assert alias.json().keys() == ready.json().keys()
+
+
 async def test_head_of_an_order_has_the_headers_of_get(restaurant: RestaurantRig) -> None:
     order = await placed(restaurant)
     async with restaurant.client() as staff:
@@ -226,6 +234,19 @@ async def test_byte_order_mark_before_json_is_skipped(system: System, restaurant
         assert made(await staff.post("/api/orders", content=body, headers=key))["id"] == one["id"]
         assert one["items"][0]["quantity"] == 1
         refused(await staff.post("/api/orders", content=mark + mark + body), 422, "malformed_json")
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [("2.0", 201), ("2e0", 201), ("0.2E+1", 201), ("2.5", 422), ("2e-1", 422), ("2e400", 422), ("2e999999999", 422)],
+)
+async def test_whole_number_in_any_spelling_is_an_integer(restaurant: RestaurantRig, number: str, status: int) -> None:
+    async with restaurant.client(Role.ADMIN) as admin:
+        reply = await admin.post("/api/tables", content=f'{{"label":"{uuid4()}","seats":{number}}}')
+        if status == 201:
+            assert made(reply)["seats"] == 2
+        else:
+            refused(reply, 422, "invalid_input", "seats")
 
 
 # -- query parameters --------------------------------------------------------------------------------------------

@@ -105,6 +105,27 @@ async def test_order_that_postgres_refuses_is_failed_and_can_be_recorded_again_o
     refused(await staff.post(f"/api/orders/{uuid4()}/sync"), 404, "not_found")
 
 
+async def test_a_guest_reads_no_error_of_the_database(
+    system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
+) -> None:
+    notes = f"refused {uuid4()}"
+    async with refusing(system, notes), restaurant.client(Role.CUSTOMER, session=f"table-{uuid4()}") as guest:
+        id_ = await place(restaurant, guest, notes=notes)
+        assert "violates check constraint" in (await becomes(staff, id_, "failed"))["error"]
+        for path, params in (
+            (f"/api/orders/{id_}", {}),
+            ("/api/orders", {}),
+            ("/api/orders", {"sync_state": "failed"}),
+        ):
+            reply = await guest.get(path, params=params)
+            shown = expect(reply)
+            (order,) = shown if isinstance(shown, list) else [shown]
+            assert (order["id"], order["sync"]) == (id_, {"state": "failed"})
+            assert "constraint" not in reply.text
+    expect(await staff.post(f"/api/orders/{id_}/sync"))
+    await becomes(staff, id_, "synced")
+
+
 async def test_pending_orders_are_listed_in_pages_and_only_by_a_warm_mirror(
     system: System, restaurant: RestaurantRig, staff: httpx.AsyncClient
 ) -> None:
