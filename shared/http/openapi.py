@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from litestar.handlers import HTTPRouteHandler
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from shared.entities.contract import SyncState
 from shared.http.bodies import MAX_BODY_BYTES
@@ -94,7 +94,7 @@ _REPLY_HEADERS: dict[str, dict[str, Any]] = {
 _TAG = '(W/)?"[!#-~]*"'
 _REQUEST_HEADERS = {
     "Idempotency-Key": (
-        "A request with the same key takes effect once, however often it is sent. An id in the body counts instead",
+        "A request with the same key takes effect once, however often it is sent",
         {"type": "string", "pattern": "^[\\x21-\\x7e]{1,200}$"},
     ),
     "If-Match": (
@@ -403,11 +403,21 @@ def _view(
     return {"allOf": [state, {"type": "object", "properties": ours, "required": ["version", "sync"]}]}
 
 
+# Without it, generated clients would have a type without fields.
+_DETAILS = {
+    "properties": {
+        "field": {"type": "string", "description": "the field, parameter or header that is wrong"},
+        "allowed": {"type": "array", "items": {}, "description": "the values that are allowed"},
+    },
+    "additionalProperties": True,
+}
+
+
 def _error_schema() -> dict[str, Any]:
     class Error(Struct):
         message: str
         code: str
-        details: dict[str, Any]
+        details: Annotated[dict[str, Any], Meta(extra_json_schema=_DETAILS)]
         trace_id: str
 
     _, components = msgspec.json.schema_components([Error], ref_template=_REF)
