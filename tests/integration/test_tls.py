@@ -5,6 +5,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from msgspec import Struct
@@ -12,6 +13,7 @@ from msgspec import Struct
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from shared.messaging.log import LogReader
+from shared.messaging.management import ask
 from shared.messaging.publisher import Publisher
 from shared.messaging.subscription import Delivery, Subscription
 from shared.mirror.connection import MirrorUnavailable
@@ -152,3 +154,23 @@ async def test_postgres_is_reached_with_verify_full(rig: Rig, trust: Trust, serv
     async with tls_proxy(servers.postgres.port, trust.ours.context("postgres.example"), postgres=True) as port:
         with pytest.raises(ssl.SSLError):
             await who(url(port, trust.ours))
+
+
+async def test_management_api_is_asked_by_https(
+    trust: Trust, servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = urlsplit(servers.rabbitmq.management_url)
+    assert plain.port is not None
+
+    async def ask_at(port: int, authority: Authority) -> object:
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca))
+        url = f"https://{plain.username}:{plain.password}@{HOST}:{port}"
+        return await asyncio.to_thread(ask, url, "GET", "/api/whoami", timeout=5.0)
+
+    async with tls_proxy(plain.port, trust.ours.context(HOST)) as port:
+        assert await ask_at(port, trust.ours)
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            await ask_at(port, trust.stranger)
+    async with tls_proxy(plain.port, trust.ours.context("mq.example")) as port:
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            await ask_at(port, trust.ours)
