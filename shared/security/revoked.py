@@ -12,7 +12,7 @@ of the two clocks of `TokenClock` is behind, a token of a session that was logge
 lifetime, until it expires by that clock too.)
 
 The list is bounded: a logout or a reused token stays for the lifetime of an access token and the leeway, other endings
-for 31 days, and each needs a sign-in, a refresh token or an admin. An entry costs about 250 bytes.
+for 31 days, and each needs a sign-in, a refresh token or an admin. An entry costs about 210 bytes.
 """
 
 import asyncio

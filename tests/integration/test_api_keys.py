@@ -114,6 +114,18 @@ async def test_two_keys_are_valid_at_once_and_a_revoked_one_is_refused_by_every_
     assert await statuses(new) == {200}
 
 
+async def test_a_revoked_key_is_refused_also_after_the_cleanup_removed_its_revocation(
+    restaurant: RestaurantRig, system: System
+) -> None:
+    key = await make(restaurant, "menu:read")
+    async with restaurant.client(Role.ADMIN) as admin:
+        expect(await admin.delete(f"/api/api-keys/{key['id']}"))
+    async with system.database() as connection:
+        await connection.execute("delete from revocations where subject = $1", f"user:{key['id']}")
+    async with system.another_orders("after-cleanup") as url, with_key(url, key["key"]) as client:
+        refused(await client.get("/api/menu"), 401, "unauthenticated")
+
+
 async def test_key_expires(restaurant: RestaurantRig, system: System) -> None:
     key = await make(restaurant, "menu:read", expires_at=(now() + timedelta(hours=1)).isoformat())
     async with with_key(system.urls["orders"], key["key"]) as client:
