@@ -13,6 +13,7 @@ from the new state, and its other fields from the base, at every depth.
 | an element of a list that changed        | the same rules, if the new list has an element with its key:   |
 |                                          | the first field of the Struct, such as `id`, `menu_item_id`    |
 | an element whose key is gone             | gone                                                           |
+| a dict of plain values                   | what the new state says: it knows every key                    |
 
 Pure. The result, decoded, is exactly the new state.
 """
@@ -112,10 +113,21 @@ def _layout(type_: type[Struct]) -> _Layout:
                     lists[field.encode_name] = _layout(item.cls)
                 elif not isinstance(item, _SCALARS):
                     raise TypeError(f"{place}: the overlay cannot keep unknown fields in a list of {item}")
+            case inspect.DictType(value_type=value) if _is_plain(value):
+                pass
             case other if not isinstance(other, _SCALARS):
                 raise TypeError(f"{place}: the overlay cannot keep unknown fields in {other}")
     names = [field.encode_name for field in found.fields]
     return _Layout(type_, frozenset(names), names[0], objects, lists)
+
+
+def _is_plain(type_: inspect.Type) -> bool:
+    """Returns whether a value of a dict has no fields that a Struct could drop."""
+    if isinstance(type_, inspect.Metadata):
+        return _is_plain(type_.type)
+    if isinstance(type_, inspect.DictType):
+        return _is_plain(type_.value_type)
+    return isinstance(type_, _SCALARS) and not isinstance(type_, inspect.AnyType)
 
 
 def _without_none(type_: inspect.Type, place: str) -> inspect.Type:

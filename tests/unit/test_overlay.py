@@ -1,13 +1,13 @@
 """A new state over the encoded state that it was made from: fields that the Struct does not know are kept."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import hypothesis.strategies as st
 import msgspec
 import pytest
 from hypothesis import given
-from msgspec import Struct, structs
+from msgspec import Meta, Struct, structs
 
 from shared.entities.contract import changed_fields, encode
 from shared.entities.order import Customization, Order, StockHold
@@ -171,9 +171,27 @@ def test_one_field_is_replaced_and_all_others_stay_as_they_are() -> None:
     assert with_field(base, "newer", None) != base
 
 
+class _WithPlainDict(Struct, omit_defaults=True):
+    id: str
+    revs: dict[str, int] = {}
+    rates: dict[str, dict[str, Annotated[int, Meta(ge=0)]]] = {}
+
+
+def test_a_dict_of_plain_values_is_as_the_new_state_says() -> None:
+    base = b'{"id":"1","revs":{"a":1,"b":2},"rates":{"x":{"y":1}},"newer":3}'
+    state = _WithPlainDict("1", {"a": 3}, {"x": {"z": 2}})
+    assert overlay(base, state) == b'{"id":"1","revs":{"a":3},"rates":{"x":{"z":2}},"newer":3}'
+    assert overlay(base, _WithPlainDict("1")) == b'{"id":"1","newer":3}'
+
+
 class _WithDict(Struct):
     id: str
     extra: dict[str, Any]
+
+
+class _WithDictOfStructs(Struct):
+    id: str
+    inner: dict[str, _WithPlainDict]
 
 
 class _Tagged(Struct, tag=True):
@@ -185,7 +203,7 @@ class _WithEither(Struct):
     either: int | _Tagged | None = None
 
 
-@pytest.mark.parametrize("state", [_WithDict("1", {}), _Tagged("1"), _WithEither("1")])
+@pytest.mark.parametrize("state", [_WithDict("1", {}), _WithDictOfStructs("1", {}), _Tagged("1"), _WithEither("1")])
 def test_a_struct_whose_unknown_fields_would_vanish_is_refused(state: Struct) -> None:
     with pytest.raises(TypeError, match="cannot keep"):
         overlay(b"{}", state)
