@@ -1,5 +1,8 @@
 """An order with its items and payments, as one aggregate with one version.
 
+This file is the model that the services use. The other files of this package are the next one, whose lines, registers
+and facts can be merged (docs/orders.md); they import nothing from here.
+
 Money is in minor units of the restaurant's currency, tax in basis points. Payments are facts: each one is kept from
 every snapshot, and the payment status is derived from them.
 """

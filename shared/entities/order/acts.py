@@ -1,0 +1,126 @@
+"""Who may change what of an order, and when.
+
+One table says for each action in which condition the order must be and who may do it. `permit` applies it; the commands
+add what depends on lines and payments.
+"""
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from shared.entities.contract import Label, Time, Version
+from shared.entities.order.refusals import absent, conflict, forbidden, invalid
+from shared.entities.order.state import ClosedAs, Order
+
+
+class Role(StrEnum):
+    GUEST = "guest"
+    """With an order of its own; the caller checks that it is."""
+    KITCHEN = "kitchen"
+    STAFF = "staff"
+    MANAGER = "manager"
+    """Also an admin."""
+
+
+class Act(Struct, frozen=True, kw_only=True):
+    """Somebody changes an order: who, when, and which version the change becomes."""
+
+    version: Version
+    at: Time
+    by: Label | None = None
+    role: Role = Role.STAFF
+    manager_approval: bool = False
+    """The restaurant's setting: whether staff may not do what the table keeps for managers."""
+
+
+class Action(StrEnum):
+    ACCEPT = "accept"
+    ADD_LINE = "add_line"
+    EDIT_LINE = "edit_line"
+    VOID_LINE = "void_line"
+    VOID_FIRED_LINE = "void_fired_line"
+    DISCOUNT = "discount"
+    COMP = "comp"
+    SERVICE = "service"
+    COOK = "cook"
+    EDIT_ORDER = "edit_order"
+    PAY = "pay"
+    REFUND = "refund"
+    COMPLETE = "complete"
+    COMPLETE_UNPAID = "complete_unpaid"
+    CANCEL = "cancel"
+    CANCEL_FIRED_OR_PAID = "cancel_fired_or_paid"
+    REOPEN = "reopen"
+    DELETE = "delete"
+    RESTORE = "restore"
+
+
+_GUEST, _KITCHEN, _STAFF = Role.GUEST, Role.KITCHEN, Role.STAFF
+_OPEN = frozenset({None})
+_COMPLETED = frozenset({ClosedAs.COMPLETED})
+_ALWAYS = frozenset({None, *ClosedAs})
+
+
+class Rule(Struct, frozen=True):
+    """`roles`: beside the manager, who may do everything. `approval`: a manager's, if the setting says so.
+    `guest_while_pending`: a guest may do it until the order is accepted."""
+
+    when: frozenset[ClosedAs | None]
+    roles: frozenset[Role]
+    approval: bool = False
+    reason: bool = False
+    guest_while_pending: bool = False
+
+
+def _rule(when: frozenset[ClosedAs | None], *roles: Role, pending: bool = False) -> Rule:
+    return Rule(when, frozenset(roles), guest_while_pending=pending)
+
+
+def _manager(when: frozenset[ClosedAs | None], *, reason: bool = False) -> Rule:
+    return Rule(when, frozenset({_STAFF}), approval=True, reason=reason)
+
+
+RULES: dict[Action, Rule] = {
+    Action.ACCEPT: _rule(_OPEN, _STAFF, _KITCHEN),
+    Action.ADD_LINE: _rule(_OPEN, _STAFF, _GUEST),
+    Action.EDIT_LINE: _rule(_OPEN, _STAFF, pending=True),
+    Action.VOID_LINE: _rule(_OPEN, _STAFF, pending=True),
+    Action.VOID_FIRED_LINE: _manager(_OPEN, reason=True),
+    Action.DISCOUNT: _manager(_OPEN, reason=True),
+    Action.COMP: _manager(_OPEN, reason=True),
+    Action.SERVICE: _manager(_OPEN, reason=True),
+    Action.COOK: _rule(_OPEN, _STAFF, _KITCHEN),
+    Action.EDIT_ORDER: _rule(_OPEN, _STAFF),
+    Action.PAY: _rule(_OPEN | _COMPLETED, _STAFF),
+    Action.REFUND: Rule(_ALWAYS, frozenset({_STAFF}), approval=True, reason=True),
+    Action.COMPLETE: _rule(_OPEN, _STAFF),
+    Action.COMPLETE_UNPAID: _manager(_OPEN),
+    Action.CANCEL: _rule(_OPEN, _STAFF),
+    Action.CANCEL_FIRED_OR_PAID: _manager(_OPEN),
+    Action.REOPEN: _manager(_COMPLETED),
+    Action.DELETE: _rule(_OPEN, _STAFF),
+    Action.RESTORE: _rule(_ALWAYS, _STAFF),
+}
+
+_ON_DELETED = frozenset({Action.REFUND, Action.RESTORE})
+
+
+def permit(order: Order, act: Act, action: Action, *, reason: str | None = None) -> None:
+    """Checks the table. Raises Refused: absent `order_deleted`, conflict `order_closed`, forbidden `forbidden` or
+    `manager_needed`, invalid `reason_needed`."""
+    rule = RULES[action]
+    if order.deleted is not None and action not in _ON_DELETED:
+        raise absent("order_deleted", "the order is deleted")
+    closed = order.closed.as_ if order.closed is not None else None
+    if closed not in rule.when:
+        if closed is None:
+            raise conflict("order_open", f"an order that is open cannot be changed by {action}", status=order.status)
+        raise conflict("order_closed", f"the order is {closed}", status=closed)
+    if act.role is not Role.MANAGER:
+        pending_guest = rule.guest_while_pending and act.role is Role.GUEST and order.accepted is None
+        if act.role not in rule.roles and not pending_guest:
+            raise forbidden("forbidden", f"a caller who is {act.role} may not do this")
+        if rule.approval and act.manager_approval:
+            raise forbidden("manager_needed", "a manager has to do this")
+    if rule.reason and not reason:
+        raise invalid("reason_needed", "say why", field="reason")

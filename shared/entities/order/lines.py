@@ -1,0 +1,242 @@
+"""The commands on lines: add, edit, void, discount, comp; and what the original systems' `PUT items` becomes."""
+
+from collections.abc import Sequence
+from uuid import UUID, uuid5
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from shared.entities.menu_item import Consumption
+from shared.entities.order.acts import Act, Action, permit
+from shared.entities.order.derive import derive
+from shared.entities.order.kitchen import fire_due
+from shared.entities.order.refusals import conflict, invalid
+from shared.entities.order.state import (
+    MAX_LINES,
+    Customization,
+    Discount,
+    Kitchen,
+    KitchenState,
+    Line,
+    Order,
+    Void,
+)
+from shared.entities.order.writing import (
+    ON_THE_HOUSE,
+    check_discount,
+    check_subtotal,
+    is_fired,
+    line_of,
+    rank,
+    with_line,
+)
+
+_PLACES = 1_000
+"""Lines that one version adds."""
+
+
+class NewLine(Struct, frozen=True, kw_only=True):
+    """A dish as the menu has it now, with the options that the guest chose."""
+
+    id: str
+    menu_item_id: str
+    name: str
+    unit_price: int
+    ordered: int = 1
+    customizations: tuple[Customization, ...] = ()
+    special_instructions: str | None = None
+    consumes: tuple[Consumption, ...] = ()
+    tax_category: str | None = None
+    station_id: str | None = None
+    prep_minutes: int = 0
+    course: int = 0
+    seat: int | None = None
+    hold: bool = False
+
+
+class NewVoid(Struct, frozen=True, kw_only=True):
+    """`quantity`: None means the whole line. `wasted`: None means if the kitchen has started the line."""
+
+    id: str
+    line: str
+    quantity: int | None = None
+    reason: str | None = None
+    wasted: bool | None = None
+
+
+def new_lines(new: Sequence[NewLine], act: Act, by: str | None = None) -> tuple[Line, ...]:
+    """Returns the lines as they are added. `by`: who adds them, if not who placed the order."""
+    return tuple(
+        Line(
+            id=one.id,
+            menu_item_id=one.menu_item_id,
+            name=one.name,
+            ordered=one.ordered,
+            unit_price=one.unit_price,
+            customizations=one.customizations,
+            seq=act.version * _PLACES + place,
+            added_at=act.at,
+            special_instructions=one.special_instructions,
+            kitchen=Kitchen(state=KitchenState.HOLD if one.hold else KitchenState.NEW),
+            added_by=by,
+            consumes=one.consumes,
+            tax_category=one.tax_category,
+            station_id=one.station_id,
+            prep_minutes=one.prep_minutes,
+            course=one.course,
+            seat=one.seat,
+        )
+        for place, one in enumerate(new)
+    )
+
+
+def add_lines(order: Order, act: Act, new: Sequence[NewLine]) -> Order:
+    """Adds lines, and fires them if it is their turn. Lines that the order has already are not added twice. Raises
+    Refused: `id_reused`, `too_many_items`, `order_too_large`, and what `permit` raises."""
+    known = {line.id: line for line in order.items}
+    added = []
+    for line in new_lines(new, act, None if act.by == order.placed_by else act.by):
+        if (earlier := known.get(line.id)) is None:
+            known[line.id] = line
+            added.append(line)
+        elif _fixed(earlier) != _fixed(line):
+            raise conflict("id_reused", "this id belongs to another item", field="items")
+    if not added:
+        return order
+    permit(order, act, Action.ADD_LINE)
+    if len(known) > MAX_LINES or len(new) > _PLACES:
+        raise conflict("too_many_items", f"an order has at most {MAX_LINES} items", field="items")
+    changed = derive(msgspec.structs.replace(order, items=(*order.items, *added), updated_at=act.at))
+    check_subtotal(changed)
+    return fire_due(changed, act)
+
+
+def _fixed(line: Line) -> tuple[object, ...]:
+    """Returns what a repeated request says again. The time, the author and the version may be others."""
+    return line.menu_item_id, line.name, line.ordered, line.unit_price, line.customizations, line.tax_category
+
+
+def edit_line(
+    order: Order,
+    act: Act,
+    id_: str,
+    *,
+    special_instructions: str | UnsetType | None = UNSET,
+    course: int | UnsetType = UNSET,
+    seat: int | UnsetType | None = UNSET,
+) -> Order:
+    """Changes a line that the kitchen does not have yet. Raises Refused: `line_fired`, `unknown_item`, and what
+    `permit` raises."""
+    permit(order, act, Action.EDIT_LINE)
+    line = line_of(order, id_)
+    if is_fired(line):
+        raise conflict("line_fired", "the kitchen has this item already")
+    fields = {"special_instructions": special_instructions, "course": course, "seat": seat}
+    fields = {name: value for name, value in fields.items() if value is not UNSET and value != getattr(line, name)}
+    return _rewritten(order, act, line, **fields) if fields else order
+
+
+def discount_line(order: Order, act: Act, id_: str, discount: Discount | None) -> Order:
+    """Sets or removes the discount of a line; `reason` is a part of it. Raises Refused: `discount_above_subtotal`,
+    `unknown_item`, and what `permit` raises."""
+    if discount is None:
+        permit(order, act, Action.DISCOUNT, reason="removed")
+    else:
+        permit(order, act, Action.COMP if discount.comp else Action.DISCOUNT, reason=discount.reason)
+    line = line_of(order, id_)
+    if discount is not None:
+        check_discount(discount, line.line_total, "discount")
+    return _rewritten(order, act, line, discount=discount) if line.discount != discount else order
+
+
+def comp(order: Order, act: Act, id_: str, reason: str) -> Order:
+    """Gives a line on the house. Raises Refused."""
+    return discount_line(order, act, id_, Discount(bp=ON_THE_HOUSE, reason=reason, comp=True))
+
+
+def _rewritten(order: Order, act: Act, line: Line, **fields: object) -> Order:
+    changed = with_line(order, act, msgspec.structs.replace(line, rev=act.version, **fields))
+    return fire_due(changed, act)  # a line that was moved to the present course goes to the kitchen
+
+
+def void(order: Order, act: Act, new: NewVoid) -> Order:
+    """Takes pieces of a line back. Raises Refused: `id_reused`, `void_above_quantity` with the quantity that is left,
+    `unknown_item`, for a fired line `manager_needed` and `reason_needed`, and what else `permit` raises."""
+    line = line_of(order, new.line)
+    made = rank(line.kitchen.state) >= rank(KitchenState.STARTED)
+    wasted = new.wasted if new.wasted is not None else made
+    for earlier in line.voids:
+        if earlier.id == new.id:
+            if (earlier.quantity, earlier.reason) != (new.quantity, new.reason):
+                raise conflict("id_reused", "this id belongs to another void", field="id")
+            return order
+    permit(order, act, Action.VOID_FIRED_LINE if is_fired(line) else Action.VOID_LINE, reason=new.reason)
+    if new.quantity is not None and new.quantity < 1:
+        raise invalid("invalid_input", "must be at least 1", field="quantity")
+    if not line.quantity or (new.quantity or 0) > line.quantity:
+        raise conflict(
+            "void_above_quantity",
+            f"{line.quantity} of this item are left",
+            field="quantity",
+            quantity=line.quantity,
+        )
+    fact = Void(id=new.id, at=act.at, by=act.by, quantity=new.quantity, reason=new.reason, wasted=wasted)
+    return with_line(order, act, msgspec.structs.replace(line, voids=(*line.voids, fact)))
+
+
+class Wanted(Struct, frozen=True):
+    """An item of the original systems' `PUT items`."""
+
+    menu_item_id: str
+    quantity: int
+    customizations: tuple[tuple[str, str], ...] = ()
+    """(group, option)"""
+    special_instructions: str | None = None
+
+
+class Plan(Struct, frozen=True):
+    """What `PUT items` becomes: more of some dishes, less of others. Everything else keeps its line and its price."""
+
+    more: tuple[tuple[int, int], ...]
+    """(place in the request, pieces): new lines, priced by the menu."""
+    fewer: tuple[tuple[str, int | None], ...]
+    """(line, pieces or None for all of it): voids."""
+
+
+def plan_items(order: Order, wanted: Sequence[Wanted]) -> Plan:
+    """Compares the items that a client wants with those of the order. Equal dish, options and instructions are the
+    same item. Raises Refused: `items_are_fixed` once a line is fired."""
+    if any(is_fired(line) for line in order.items):
+        raise conflict("items_are_fixed", f"the items of an order that is {order.status} cannot change", field="items")
+    places: dict[Wanted, int] = {}
+    pieces: dict[Wanted, int] = {}
+    for place, one in enumerate(wanted):
+        key = msgspec.structs.replace(one, quantity=0)
+        places.setdefault(key, place)
+        pieces[key] = pieces.get(key, 0) + one.quantity
+    fewer: list[tuple[str, int | None]] = []
+    for line in order.items:
+        if not line.quantity:
+            continue
+        key = Wanted(
+            line.menu_item_id,
+            0,
+            tuple((one.name, one.option) for one in line.customizations),
+            line.special_instructions,
+        )
+        kept = min(line.quantity, pieces.get(key, 0))
+        if kept:
+            pieces[key] -= kept
+        if kept < line.quantity:
+            fewer.append((line.id, line.quantity - kept if kept else None))
+    return Plan(tuple((places[key], left) for key, left in pieces.items() if left), tuple(fewer))
+
+
+def put_items(order: Order, act: Act, plan: Plan, more: Sequence[NewLine]) -> Order:
+    """Carries out a plan; `more` has its new lines. A void has an id that follows from its line and the version, so
+    that a repeat makes the same one. Raises what `add_lines` and `void` raise."""
+    changed = order
+    for line, quantity in plan.fewer:
+        id_ = str(uuid5(UUID(line), f"void/{act.version}"))
+        changed = void(changed, act, NewVoid(id=id_, line=line, quantity=quantity))
+    return add_lines(changed, act, more)
