@@ -61,6 +61,7 @@ _OTHER_CHANGES = (PushKind.STATUS_UPDATE, "status_update")
 _INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
+_NO_HOLDS = Raw(b"[]")
 
 
 class PushEvent(Struct, frozen=True):
@@ -74,6 +75,8 @@ class PushEvent(Struct, frozen=True):
     _name: str
     _rest: bytes
     """The JSON after the event's name, which the two names of a stage change share."""
+    _rest_without_holds: bytes = b""
+    """The same without the stock that the order holds; empty if it holds none."""
     traceparent: str | None = None
     accepted_at: float = 0.0
     """Unix time in seconds."""
@@ -81,13 +84,15 @@ class PushEvent(Struct, frozen=True):
     def name(self, *, of_one_order: bool) -> str:
         return "order_stage_change" if of_one_order and self.kind is PushKind.STAGE_CHANGE else self._name
 
-    def payload(self, *, of_one_order: bool) -> bytes:
-        """Returns the event as JSON on one line."""
-        return b'{"eventType":"%b",%b' % (self.name(of_one_order=of_one_order).encode(), self._rest)
+    def payload(self, *, of_one_order: bool, holds: bool = True) -> bytes:
+        """Returns the event as JSON on one line. `holds`: with the stock that the order holds, which tells what its
+        dishes are made of."""
+        rest = self._rest if holds else self._rest_without_holds or self._rest
+        return b'{"eventType":"%b",%b' % (self.name(of_one_order=of_one_order).encode(), rest)
 
     @property
     def size(self) -> int:
-        return len(self._rest)
+        return len(self._rest) + len(self._rest_without_holds)
 
 
 def push_event(encoded: bytes, cursor: Cursor) -> PushEvent | None:
@@ -114,6 +119,7 @@ def push_event(encoded: bytes, cursor: Cursor) -> PushEvent | None:
         accepted_at=change.time.timestamp(),
         _name=name,
         _rest=_rest(change, data),
+        _rest_without_holds=_rest(change, {**data, "holds": _NO_HOLDS}) if state.holds else b"",
     )
 
 

@@ -44,8 +44,8 @@ _SLOW_SECONDS = 2.0
 class Form(Struct, frozen=True):
     """The encoders of a transport. Each transport has one object, which is compared by identity."""
 
-    event: Callable[[PushEvent, bool], bytes]
-    """Encodes (event, whether the subscriber follows one order)."""
+    event: Callable[[PushEvent, Interest], bytes]
+    """Encodes (event, the interest of the subscriber)."""
     resync: Callable[[str, Cursor], bytes]
     keep_alive: Callable[[Cursor], bytes]
     closing: Callable[[str, float], bytes]
@@ -134,8 +134,7 @@ class Audience:
         return "" if self.interest.session_id is None else f"session:{self.interest.session_id}"
 
     def frames(self, events: Iterable[PushEvent]) -> list[bytes]:
-        of_one_order = self.interest.order_id is not None
-        return [self.form.event(event, of_one_order) for event in events if self.interest.wants(event)]
+        return [self.form.event(event, self.interest) for event in events if self.interest.wants(event)]
 
 
 _Rooms = dict[str, dict[tuple[Interest, int], Audience]]

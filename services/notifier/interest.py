@@ -7,6 +7,7 @@ from msgspec import Struct
 
 from services.notifier.events import EVERY_KIND, KINDS, PushEvent
 from shared.errors import InvalidInput
+from shared.security.permissions import may
 from shared.security.tokens import Identity, Role
 
 
@@ -18,6 +19,8 @@ class Interest(Struct, frozen=True):
     order_id: str | None = None
     session_id: str | None = None
     """The session of a customer, who sees only the orders of that session; None for everybody else."""
+    holds: bool = True
+    """Whether the subscriber sees the stock that orders hold."""
 
     def wants(self, event: PushEvent) -> bool:
         """Returns whether a subscriber gets this event of its tenant. The hub separates tenants first."""
@@ -37,6 +40,7 @@ def interest_of(identity: Identity, *, order_id: str, event_types: Sequence[str]
         kinds=_kinds(event_types) or EVERY_KIND,
         order_id=_uuid(order_id) if order_id else None,
         session_id=identity.session_id if identity.role is Role.CUSTOMER else None,
+        holds=may(identity, "inventory.read"),
     )
 
 

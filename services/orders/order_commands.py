@@ -60,7 +60,7 @@ class OrderCommands:
                 request_hash=sha256,
             )
         except OutOfStock as error:
-            raise _out_of_stock(error, requested, book) from error
+            raise _out_of_stock(error, identity, requested, book) from error
 
     async def update(self, identity: Identity, id_: str, requested: UpdateOrder, versions: Versions | None) -> Receipt:
         """Changes an order. Raises NotFound, Conflict (with the allowed statuses, or the head version), InvalidInput,
@@ -74,7 +74,7 @@ class OrderCommands:
         try:
             return await self._changes.change(identity, _ENTITY, id_, versions, change)
         except OutOfStock as error:
-            raise _out_of_stock(error, requested, book) from error
+            raise _out_of_stock(error, identity, requested, book) from error
 
     async def delete(self, identity: Identity, id_: str, versions: Versions | None) -> Receipt:
         def change(order: Order, at: datetime) -> tuple[str, Order]:
@@ -160,22 +160,24 @@ def _check_payment(order: Order, requested: RecordPayment) -> None:
         raise Conflict("the order has too many payments", code="too_many_payments", field="amount")
 
 
-def _out_of_stock(error: OutOfStock, requested: PlaceOrder | UpdateOrder, book: MenuBook) -> Conflict:
-    """Returns a Conflict with the available amounts and the requested items that need them."""
+def _out_of_stock(
+    error: OutOfStock, identity: Identity, requested: PlaceOrder | UpdateOrder, book: MenuBook
+) -> Conflict:
+    """Returns a Conflict with the requested items that lack stock, and with the available amounts for a caller who may
+    read the stock."""
     items = requested.items if requested.items is not UNSET else []
     short = {id_ for id_, _ in error.left}
     indexes = [index for index, item in enumerate(items) if short & _consumed_by(item.menu_item_id, book.menu)]
     names = dict.fromkeys(book.menu[str(items[index].menu_item_id)].name for index in indexes)
     first = indexes[0] if indexes else 0
-    return Conflict(
-        f"not enough stock for {', '.join(names)}" if names else "not enough stock",
-        code="out_of_stock",
-        field=f"items[{first}].quantity",
-        items=[
+    details: dict[str, Any] = {"field": f"items[{first}].quantity"}
+    if may(identity, "inventory.read"):
+        details["items"] = [
             {**one, "menu_item_ids": sorted(_dishes_that_consume(one["inventory_item_id"], book.menu, items))}
             for one in _available_amounts(error)
-        ],
-    )
+        ]
+    message = f"not enough stock for {', '.join(names)}" if names else "not enough stock"
+    return Conflict(message, code="out_of_stock", **details)
 
 
 def _available_amounts(error: OutOfStock) -> list[dict[str, Any]]:
@@ -196,6 +198,8 @@ def _session(identity: Identity, requested: PlaceOrder) -> str | None:
         for field in ("discount_amount", "deposit_used", "customer_id"):
             if getattr(requested, field):
                 raise Forbidden("only callers who may change orders may set this field", field=field)
+    if requested.table_id is not None and not may(identity, "tables.read"):
+        raise Forbidden("an API key without the scope tables:read may not order for a table", field="table_id")
     if identity.role is not Role.CUSTOMER:
         return requested.customer_session_id
     if requested.customer_session_id not in (None, identity.session_id):

@@ -44,9 +44,9 @@ def context_of(request: Call) -> RouteContext:
     return context
 
 
-def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
+def receipt_reply(receipt: Receipt, identity: Identity, *, status: int = 200, **more: Any) -> Reply:
     """Returns the reply to a write, with version, visibility and durability. `more` has derived fields, and `sync` if
-    it is known."""
+    it is known. `identity`: the caller, from whom fields may be hidden."""
     headers = {"ETag": etag_of(receipt.head.version)}
     sync = more.pop("sync", PENDING)
     more["visible"] = receipt.visible
@@ -54,7 +54,7 @@ def receipt_reply(receipt: Receipt, *, status: int = 200, **more: Any) -> Reply:
         headers["Idempotency-Replayed"] = "true"
     if receipt.durability is not None:
         more["durability"] = receipt.durability
-    view = state_view(receipt.raw, receipt.head, sync, **more)
+    view = state_view(receipt.raw, receipt.head, sync, hidden=hidden_from(identity), **more)
     return success(view, status=status, headers=headers)
 
 

@@ -11,27 +11,34 @@ from msgspec import Raw
 
 from services.orders.entity_reads import FoundState
 from shared.entities.contract import Head, SyncState
+from shared.security.permissions import may
 from shared.security.tokens import Identity, Role
 
 # These fields are internal to idempotency. Quotes inside a JSON string are escaped, so only the fields themselves
 # match.
 _INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
-_HIDDEN_FROM_GUESTS = frozenset({"consumes"})
-"""The recipe of a dish."""
+# Actions of which a caller must be allowed one to see a field. Both fields tell what a dish is made of.
+_SEEN_WITH = {"consumes": ("inventory.read", "menu.change"), "holds": ("inventory.read", "orders.change")}
+_FAILURE_SEEN_WITH = "sync.read"
+_NOTHING: frozenset[str] = frozenset()
 PENDING: dict[str, Any] = {"state": SyncState.PENDING}
 
 
 def hidden_from(identity: Identity) -> frozenset[str]:
     """Returns the fields of states that this caller does not see."""
-    return _HIDDEN_FROM_GUESTS if identity.role is Role.CUSTOMER else frozenset()
+    if identity.scopes is None and identity.role is not Role.CUSTOMER:
+        return _NOTHING
+    return frozenset(
+        name for name, actions in _SEEN_WITH.items() if not any(may(identity, action) for action in actions)
+    )
 
 
 def sync_of(found: FoundState, identity: Identity) -> dict[str, Any]:
-    """Returns `state`, and for a failed change also `error`, `attempts` and `last_attempt`. Guests see the state alone,
-    because the error is a text of the database."""
+    """Returns `state`, and for a failed change also `error`, `attempts` and `last_attempt`. A caller who may not read
+    the sync status, such as a guest, sees the state alone, because the error is a text of the database."""
     state = found.sync_state
-    if state is SyncState.FAILED and found.document is not None and identity.role is not Role.CUSTOMER:
+    if state is SyncState.FAILED and found.document is not None and may(identity, _FAILURE_SEEN_WITH):
         return {"state": state, **msgspec.json.decode(found.document.failure)}
     return {"state": state}
 

@@ -53,10 +53,11 @@ async def test_web_shop_reads_the_menu_and_places_orders_with_a_key_that_can_do_
     dish = await restaurant.dish()
     key = await make(restaurant, "menu:read", "orders:write", name="Web shop")
     async with with_key(system.urls["orders"], key["key"]) as shop:
-        assert [one["id"] for one in expect(await shop.get("/api/menu"))] == [dish["id"]]
+        menu = expect(await shop.get("/api/menu"))
+        assert [(one["id"], "consumes" in one) for one in menu] == [(dish["id"], False)]
         body = {"items": [{"menu_item_id": dish["id"], "quantity": 1}], "customer_name": "Ada"}
         order = made(await shop.post("/api/orders", json=body))
-        assert (order["placed_by"], order["table_id"]) == (key["id"], None)
+        assert (order["placed_by"], order["table_id"], "holds" in order) == (key["id"], None, False)
         for method, path, sent in (
             ("GET", "/api/orders", None),
             ("GET", f"/api/orders/{order['id']}", None),
@@ -67,7 +68,12 @@ async def test_web_shop_reads_the_menu_and_places_orders_with_a_key_that_can_do_
             ("POST", "/api/api-keys", {"name": "More", "scopes": ["orders:read"]}),
         ):
             refused(await shop.request(method, path, json=sent), 403, "forbidden")
-        for field, value in (("discount_amount", 100), ("deposit_used", 100), ("customer_id", dish["id"])):
+        for field, value in (
+            ("discount_amount", 100),
+            ("deposit_used", 100),
+            ("customer_id", dish["id"]),
+            ("table_id", dish["id"]),
+        ):
             details = refused(await shop.post("/api/orders", json={**body, field: value}), 403, "forbidden")
             assert details["field"] == field
 

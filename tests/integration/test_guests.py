@@ -87,6 +87,15 @@ async def test_a_guest_sees_no_recipe(
         assert expect(await guest.get("/api/menu?fields=consumes"), 422)["details"]["field"] == "fields"
         assert expect(await admin.get(f"/api/menu/{dish['id']}"))["consumes"] == dish["consumes"]
         assert expect(await admin.get("/api/menu?fields=consumes"))[0]["consumes"] == dish["consumes"]
+        # The stock that an order holds is the recipe too.
+        placed = expect(await guest.post("/api/orders", json=order(dish)), 201)
+        path = f"/api/orders/{placed['id']}"
+        for shown in (placed, expect(await guest.get(path)), expect(await guest.get("/api/orders"))[0]):
+            assert shown["id"] == placed["id"] and "holds" not in shown
+        assert len(expect(await admin.get(path))["holds"]) == 1
+        large = {"items": [{"menu_item_id": dish["id"], "quantity": 1_000}] * 10}
+        short = expect(await guest.post("/api/orders", json=large), 409)
+        assert (short["code"], short["details"]) == ("out_of_stock", {"field": "items[0].quantity"})
 
 
 async def test_a_guest_session_may_place_only_some_orders_in_a_minute(

@@ -17,7 +17,7 @@ from services.notifier.window import Window
 from shared.messaging.position import LogPosition
 
 FORM = Form(
-    event=lambda event, of_one_order: f"{'one ' if of_one_order else ''}{event.change_id} ".encode(),
+    event=lambda event, interest: f"{'one ' if interest.order_id else ''}{event.change_id} ".encode(),
     resync=lambda reason, cursor: f"resync:{reason}:{cursor} ".encode(),
     keep_alive=lambda cursor: f"keep-alive:{cursor} ".encode(),
     closing=lambda reason, retry_after: f"closing:{reason} ".encode(),

@@ -2,6 +2,7 @@
 
 import json
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from services.notifier.interest import Interest, interest_of
 from services.notifier.transports.sse import FORM
 from shared.entities import order as order_module
 from shared.entities.contract import BrokenContract, Change, ChangeData, encode
-from shared.entities.order import OrderStatus
+from shared.entities.order import OrderStatus, StockHold
 from shared.errors import Forbidden, InvalidInput
 from shared.security.tokens import Identity, Role
 from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
@@ -98,6 +99,18 @@ def test_the_request_hash_is_never_pushed() -> None:
     assert b"hash" not in pushed(change(order(request_hash="ab" * 32))).payload(of_one_order=False)
 
 
+def test_stock_that_an_order_holds_is_pushed_only_to_those_who_may_read_the_stock() -> None:
+    held = (StockHold(str(uuid4()), 2),)
+    event, without = pushed(change(order(holds=held))), pushed(change(order()))
+    seen = {}
+    for name, identity in (("staff", STAFF), ("guest", CUSTOMER), ("key", EVENTS_KEY)):
+        interest = interest_of(identity, order_id="", event_types=[])
+        seen[name] = json.loads(FORM.event(event, interest).split(b"data: ")[1])["data"]
+        assert json.loads(FORM.event(without, interest).split(b"data: ")[1])["data"]["holds"] == []
+    assert len(seen["staff"]["holds"]) == 1
+    assert seen["guest"] == seen["key"] == {**seen["staff"], "holds": []}
+
+
 def test_unknown_fields_of_a_newer_service_are_pushed() -> None:
     made = change(order())
     state = {**msgspec.json.decode(made.data.after), "spiciness": 3}
@@ -110,7 +123,7 @@ def test_the_data_of_an_event_is_one_line_whatever_white_space_the_change_has() 
     state = json.dumps(json.loads(bytes(made.data.after)), indent=2).replace("\n", "\r\n").encode()
     spaced = structs.replace(made, data=ChangeData(after=Raw(state)))
     event = pushed(spaced)
-    frame = FORM.event(event, False)
+    frame = FORM.event(event, Interest(RESTAURANT))
     assert frame.count(b"\n") == 4 and b"\r" not in frame
     assert frame.startswith(b"id: 7-0000000e-2\nevent: order_created\ndata: {") and frame.endswith(b"}\n\n")
     assert payload(event)["data"]["notes"] == "two\nlines\r\n\u2028"
@@ -139,6 +152,7 @@ def test_a_change_that_breaks_the_contract_is_not_pushed(broken: dict[str, Any],
 
 STAFF = Identity(user_id="u", role=Role.STAFF, restaurant_id=RESTAURANT)
 CUSTOMER = Identity(user_id="c", role=Role.CUSTOMER, restaurant_id=RESTAURANT, session_id="table-7")
+EVENTS_KEY = Identity(user_id="k", role=Role.STAFF, restaurant_id=RESTAURANT, scopes=frozenset({"events:read"}))
 
 
 def test_an_interest_without_parameters_covers_the_whole_tenant() -> None:

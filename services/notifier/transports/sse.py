@@ -43,12 +43,13 @@ _HEADERS = [
 ]
 
 
-def _event(event: PushEvent, of_one_order: bool) -> bytes:
+def _event(event: PushEvent, interest: Interest) -> bytes:
+    of_one_order = interest.order_id is not None
     name = event.name(of_one_order=of_one_order)
     return b"id: %b\nevent: %b\ndata: %b\n\n" % (
         str(event.cursor).encode(),
         name.encode(),
-        event.payload(of_one_order=of_one_order),
+        event.payload(of_one_order=of_one_order, holds=interest.holds),
     )
 
 

@@ -108,7 +108,9 @@ async def move_stock(request: Call, inventory_item_id: str) -> ASGIApp:
         request, inventory_item.ENTITY, id_, requested, fact, "moves", StockMove, "quantity", apply
     )
     context = context_of(request)
-    return receipt_reply(receipt, **(await context.figures.available(receipt.state.restaurant_id, [receipt.state]))[0])
+    return receipt_reply(
+        receipt, request.identity, **(await context.figures.available(receipt.state.restaurant_id, [receipt.state]))[0]
+    )
 
 
 @endpoint(
@@ -156,7 +158,7 @@ async def move_loyalty(request: Call, customer_id: str) -> ASGIApp:
     receipt = await _record_move(
         request, customer.ENTITY, id_, requested, fact, "loyalty_moves", LoyaltyMove, "points", apply
     )
-    return receipt_reply(receipt, **(await context.figures.totals(restaurant, [receipt.state]))[0])
+    return receipt_reply(receipt, request.identity, **(await context.figures.totals(restaurant, [receipt.state]))[0])
 
 
 async def _record_move(

@@ -168,7 +168,10 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
         if entity is menu_item.ENTITY:
             context.menus.put(receipt.head, receipt.state)
         return receipt_reply(
-            receipt, status=status, **await _derived_fields(context, resource, request.identity, receipt.state)
+            receipt,
+            request.identity,
+            status=status,
+            **await _derived_fields(context, resource, request.identity, receipt.state),
         )
 
     return [create, list_all, read_one, update, delete, restore]

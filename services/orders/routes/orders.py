@@ -55,7 +55,7 @@ async def place_order(request: Call) -> ASGIApp:
         # The reply is complete without the sync state, so a failed read does not matter.
         with contextlib.suppress(Unavailable, NotFound):
             more["sync"] = sync_of(await context.reads.one(_ENTITY, identity.tenant, receipt.state.id), identity)
-    return receipt_reply(receipt, status=201, **more)
+    return receipt_reply(receipt, request.identity, status=201, **more)
 
 
 @endpoint(
@@ -120,7 +120,8 @@ async def get_order(request: Call, order_id: str) -> ASGIApp:
 async def update_order(request: Call, order_id: str) -> ASGIApp:
     requested = read_body(await request.whole_body(), UpdateOrder)
     id_, versions = path_id(order_id, "order_id"), required_versions(request)
-    return receipt_reply(await context_of(request).order_commands.update(request.identity, id_, requested, versions))
+    identity, commands = request.identity, context_of(request).order_commands
+    return receipt_reply(await commands.update(identity, id_, requested, versions), identity)
 
 
 @endpoint(
@@ -136,7 +137,8 @@ async def update_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def delete_order(request: Call, order_id: str) -> ASGIApp:
     id_, versions = path_id(order_id, "order_id"), required_versions(request)
-    return receipt_reply(await context_of(request).order_commands.delete(request.identity, id_, versions))
+    identity, commands = request.identity, context_of(request).order_commands
+    return receipt_reply(await commands.delete(identity, id_, versions), identity)
 
 
 @endpoint(
@@ -152,7 +154,8 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
 )
 async def restore_order(request: Call, order_id: str) -> ASGIApp:
     id_, versions = path_id(order_id, "order_id"), required_versions(request)
-    return receipt_reply(await context_of(request).order_commands.restore(request.identity, id_, versions))
+    identity, commands = request.identity, context_of(request).order_commands
+    return receipt_reply(await commands.restore(identity, id_, versions), identity)
 
 
 @endpoint(
@@ -171,7 +174,7 @@ async def sync_order(request: Call, order_id: str) -> ASGIApp:
     found = await context.reads.one(_ENTITY, request.identity.tenant, id_)
     if found.document is None or not found.document.pending:
         return found_reply(found, request.identity)
-    return receipt_reply(await context.order_commands.record_again(request.identity, found))
+    return receipt_reply(await context.order_commands.record_again(request.identity, found), request.identity)
 
 
 ROUTES = [place_order, list_orders, get_order, update_order, delete_order, restore_order, sync_order]

@@ -79,7 +79,7 @@ async def record_payment(request: Call, order_id: str) -> ASGIApp:
     receipt, payment = await context_of(request).order_commands.pay(
         request.identity, id_, requested, key.fact_id(requested.id, id_)
     )
-    return receipt_reply(receipt, status=201, payment=payment)
+    return receipt_reply(receipt, request.identity, status=201, payment=payment)
 
 
 @endpoint(
