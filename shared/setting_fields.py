@@ -315,6 +315,6 @@ BrokerUrls = Annotated[
 RedisUrls = Annotated[
     str,
     url_of("redis", "rediss", several=True),
-    Words("URLs of redis:// or rediss:// with a host, separated by commas"),
+    Words("empty or URLs of redis:// or rediss:// with a host, separated by commas"),
 ]
 DatabaseUrl = Annotated[str, url_of("postgresql", "postgres"), Words("empty or a URL of postgresql://")]

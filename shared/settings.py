@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from shared.backend_settings import BackendSettings
-from shared.security.production import default_keys_in_reach, refusals
+from shared.security.production import default_algorithm, default_keys_in_reach, refusals
 from shared.setting_fields import (
     CLIENTS,
     COMMIT,
@@ -36,15 +36,11 @@ from shared.setting_fields import (
     Steps,
     variable,
 )
-from shared.settings_loading import load
+from shared.settings_loading import SettingsError, load
 
 
 def _default_trace_sample(validated: Mapping[str, Any]) -> float:
     return 1.0 if validated.get("environment") == "development" else 0.1
-
-
-def _default_algorithm(validated: Mapping[str, Any]) -> str:
-    return "EdDSA" if validated.get("jwt_private_key") or validated.get("jwt_public_key") else "HS256"
 
 
 def _default_registration(validated: Mapping[str, Any]) -> str:
@@ -133,7 +129,7 @@ class Settings(BackendSettings):
     )
     jwt_algorithm: Literal["HS256", "RS256", "EdDSA"] = SIGN_IN.setting(
         sentence="HS256 signs with the secret, RS256 and EdDSA with the private key.",
-        default_factory=_default_algorithm,
+        default_factory=default_algorithm,
         default_text="EdDSA if a private or public key is set, otherwise HS256",
     )
     jwt_issuer: NonEmpty = SIGN_IN.setting("ticketrail", "The claim `iss` that tokens carry and must carry.")
@@ -403,6 +399,11 @@ class Settings(BackendSettings):
         if self.environment == "production" and (wrong := next(refusals(self), None)):
             raise ValueError(wrong)
         return self
+
+    def require(self, name: str) -> None:
+        """Raises SettingsError if the setting is an empty URL: this process needs what it names."""
+        if not getattr(self, name):
+            raise SettingsError(f"{variable(name)} is empty, but this process needs it")
 
     def numbered(self, instance: int) -> Self:
         """Returns a copy with the leased number of this process in place of `auto`."""

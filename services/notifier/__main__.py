@@ -1,6 +1,5 @@
 """`python -m services.notifier`"""
 
-from services.notifier.app import require_database
 from shared.home import require_home_of_traces
 from shared.http.server import serve
 from shared.security.tokens import Tokens
@@ -11,7 +10,7 @@ if __name__ == "__main__":
     with exit_on_bad_settings("notifier"):
         settings = Settings.load()
         Tokens.of(settings)
-        require_database(settings)
+        settings.require("database_api_url")  # the service reads there whose sessions have ended
         require_home_of_traces(settings)
     serve(
         "services.notifier.app:create",

@@ -31,9 +31,7 @@ from shared.postgres.pool import Postgres
 from shared.rail.instance import number_of_traces
 from shared.security.revoked import RevocationPoller
 from shared.security.tokens import Tokens
-from shared.setting_fields import variable
 from shared.settings import Settings
-from shared.settings_loading import SettingsError
 
 log = structlog.get_logger(__name__)
 
@@ -49,14 +47,6 @@ class NotifierParts(Struct, frozen=True):
     """Finds API keys."""
     tracer: Tracer
     metrics: Metrics
-
-
-def require_database(settings: Settings) -> None:
-    """Raises SettingsError without a URL of PostgreSQL, from which the notifier learns whose sessions have ended."""
-    if not settings.database_api_url:
-        raise SettingsError(
-            f"{variable('database_api_url')} is empty: the notifier reads there whose sessions have ended"
-        )
 
 
 def assemble(settings: Settings) -> NotifierParts:

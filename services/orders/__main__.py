@@ -10,6 +10,7 @@ if __name__ == "__main__":
     with exit_on_bad_settings("orders"):
         settings = Settings.load()
         Tokens.of(settings).require_signing()
+        settings.require("redis_url")
         require_home(settings, settings.journal_folder)
     serve(
         "services.orders.app:create",

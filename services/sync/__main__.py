@@ -17,6 +17,7 @@ if __name__ == "__main__":
         settings = Settings.load()
         if process == "api":
             Tokens.of(settings)
+        settings.require("redis_url")
         require_home_of_traces(settings)
     serve(
         f"services.sync.{process}:create",

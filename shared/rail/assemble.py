@@ -128,6 +128,8 @@ def assemble_rail(
 
 
 def mirror_of(settings: Settings) -> Mirror:
+    """Raises SettingsError if the settings name no mirror."""
+    settings.require("redis_url")
     return Mirror(
         settings.redis_url, timeout=settings.redis_timeout_seconds, stale_seconds=settings.claim_stale_seconds
     )

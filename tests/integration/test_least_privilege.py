@@ -3,7 +3,9 @@ those of `ticketrail migrate` and of docker-compose.yml."""
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -14,8 +16,12 @@ import pytest
 import redis.asyncio
 import yaml
 from aiormq.exceptions import ChannelAccessRefused
-from redis.exceptions import NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import ConnectionError as NotConnected
 
+from deploy.local import packages
+from deploy.local.child import Child
+from deploy.local.port_check import find_free
 from shared.entities.contract import Lane
 from shared.messaging import topology
 from shared.messaging.management import ask
@@ -27,9 +33,8 @@ from tests.rigs.system import ROOT, System, eventually
 NAMES = {"orders": "orders", "worker": "sync-worker", "sync": "sync-api", "notifier": "notifier"}
 """Service in a `System` -> its name in the settings."""
 PASSWORD = "a-password-of-a-service"
-MIRROR_COMMANDS = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["valkey"]["environment"][
-    "MIRROR_COMMANDS"
-]
+VALKEY = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["valkey"]
+MIRROR_COMMANDS = VALKEY["environment"]["MIRROR_COMMANDS"]
 
 
 def user_of(system: System, service: str) -> str:
@@ -59,11 +64,10 @@ async def system(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> 
     urls = {name: broker_url(system, service) for service, name in NAMES.items()}
     system.env["TICKETRAIL_RABBITMQ_SERVICE_URLS"] = json.dumps(urls)
     for service in NAMES:
-        # The notifier needs no mirror, so it gets a URL at which nothing listens.
         with_mirror = service != "notifier"
         system.environments[service] = {
             "TICKETRAIL_RABBITMQ_URL": broker_url(system, service),
-            "TICKETRAIL_REDIS_URL": mirror_url(system, service) if with_mirror else "redis://127.0.0.1:9/0",
+            "TICKETRAIL_REDIS_URL": mirror_url(system, service) if with_mirror else "",
             "TICKETRAIL_RABBITMQ_SERVICE_URLS": "{}",
             "TICKETRAIL_RABBITMQ_MANAGEMENT_URL": "",
         }
@@ -154,6 +158,49 @@ async def test_no_user_of_the_mirror_can_wipe_or_configure_it(system: System) ->
             for command in ("FLUSHALL", "CONFIG GET *", "KEYS *", "ACL LIST", "SHUTDOWN NOSAVE"):
                 with pytest.raises(NoPermissionError):
                     await client.execute_command(*command.split())
+
+
+async def test_mirror_of_compose_keeps_what_scripts_wrote_through_a_restart_and_admits_nobody_without_a_name(
+    tmp_path: Path,
+) -> None:
+    (port,) = find_free(1)
+    text = VALKEY["command"][2].replace("$$", "$")
+    for ours, here in {
+        "valkey-server": str(packages.ensure().redis_server),
+        "port 6379": f"port {port}",
+        "bind * -::*": "bind 127.0.0.1",
+        "dir /data": f"dir {tmp_path}",
+    }.items():
+        assert ours in text
+        text = text.replace(ours, here)
+    env = {"PATH": os.defpath, "MIRROR_COMMANDS": MIRROR_COMMANDS}
+    env |= {f"{name}_PASSWORD": PASSWORD for name in ("ORDERS", "WORKER", "SYNC")}
+
+    def start() -> Child:
+        return Child.spawn([*VALKEY["command"][:2], text], log=tmp_path / "log", env=env, cwd=tmp_path)
+
+    async def answers() -> bool:
+        try:
+            return bool(await client.ping())
+        except NotConnected:  # it is not up yet, or reads its file
+            return False
+
+    server = start()
+    try:
+        async with redis.asyncio.from_url(f"redis://orders:{PASSWORD}@127.0.0.1:{port}/0") as client:
+            await eventually(answers, what="the mirror")
+            both = "redis.call('SET', KEYS[1], 'a') redis.call('SET', KEYS[2], 'b')"
+            await client.execute_command("EVAL", both, 2, "first", "second")
+            assert server.terminate(10)
+            server = start()
+            await eventually(answers, what="the mirror again")
+            assert [await client.get(name) for name in ("first", "second")] == [b"a", b"b"]
+        for url in (f"redis://127.0.0.1:{port}/0", f"redis://default:{PASSWORD}@127.0.0.1:{port}/0"):
+            async with redis.asyncio.from_url(url) as stranger:
+                with pytest.raises(AuthenticationError):
+                    await stranger.get("first")
+    finally:
+        server.kill()
 
 
 async def test_operators_see_who_exists_and_no_hash(system: System) -> None:

@@ -1,6 +1,7 @@
 """Checks of `docker-compose.yml`, the gateway and the image. They read the files, so no container engine is needed."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -125,6 +126,45 @@ def test_each_service_has_users_of_its_own_and_migrate_alone_configures() -> Non
         assert "TICKETRAIL_RABBITMQ_PASSWORD}" not in str(settings)
     assert set(PERMISSIONS) == set(OURS)
     assert {permissions.configure for permissions in PERMISSIONS.values()} == {"^$"}
+
+
+def test_the_users_of_the_mirror_may_run_every_command_of_the_mirror_and_no_other() -> None:
+    """A command that is missing here is refused only when it is first used, such as after a restart of the mirror."""
+    folder = ROOT / "shared/mirror"
+    scripts = "".join(path.read_text() for path in folder.rglob("*.lua"))
+    modules = "".join(path.read_text() for path in folder.rglob("*.py"))
+    in_scripts = re.findall(r"redis\.p?call\('(\w+)'", scripts)
+    assert len(in_scripts) == scripts.count("redis."), "a script calls a command in a way that this test cannot read"
+    by_modules = re.findall(r'(?:\.call|_ask\(connection,|return) ?\(?\s*"([A-Z]+)"', modules)
+    by_redis_py = {"select"}  # for a database other than 0
+    allowed = SERVICES["valkey"]["environment"]["MIRROR_COMMANDS"].split()
+    assert {command.removeprefix("+").partition("|")[0] for command in allowed} == {
+        *map(str.lower, in_scripts + by_modules),
+        *by_redis_py,
+    }
+
+
+def _given(text: str, secrets: dict[str, str]) -> str:
+    """Returns `text` as compose fills it in."""
+    return re.sub(r"\$\{(\w+)(?::[-?]([^}]*))?\}", lambda found: secrets.get(found[1], found[2] or ""), text)
+
+
+@pytest.mark.parametrize("name", [*OURS, "migrate", "ticketrail"])
+def test_production_accepts_the_settings_of_every_container(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _make(tmp_path / "env")
+    monkeypatch.chdir(tmp_path)
+    for setting in [one for one in os.environ if one.startswith("TICKETRAIL_")]:
+        monkeypatch.delenv(setting)
+    of_image = dict(re.findall(r"(TICKETRAIL_\w+)=(\S+)", DOCKERFILE))
+    assert of_image["TICKETRAIL_ENVIRONMENT"] == "production"
+    for setting, value in {**of_image, **_settings_of(SERVICES[name])}.items():
+        monkeypatch.setenv(setting, _given(str(value), made))
+    settings = Settings.load()
+    assert settings.environment == "production"
+    assert settings.jwt_algorithm == "EdDSA"
+    assert bool(settings.redis_url) is (name not in ("notifier", "migrate"))
 
 
 def test_every_image_of_others_has_a_full_version() -> None:

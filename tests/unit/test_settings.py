@@ -275,6 +275,23 @@ def test_every_entry_point_ends_with_one_sentence_for_a_wrong_setting(tmp_path: 
             assert re.fullmatch(rf"{name}\b.*{said}.*", only_sentence(entry, told)), (entry, told)
 
 
+@pytest.mark.parametrize("entry", SERVICES)
+def test_a_service_names_the_empty_url_that_it_needs(tmp_path: Path, entry: str) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("TICKETRAIL_")}
+    name = variable("database_api_url" if entry == "notifier" else "redis_url")
+    ended = subprocess.run(
+        [sys.executable, "-m", *ENTRY_POINTS[entry]],
+        cwd=tmp_path,
+        env={**plain, "PYTHONPATH": str(ROOT), name: ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert only_sentence(entry, ended.stdout + ended.stderr) == f"{name} is empty, but this process needs it"
+
+
 @pytest.mark.parametrize("entry", [*SERVICES, "make run"])
 @pytest.mark.parametrize("below", ["", "/below"])
 def test_an_unusable_home_is_refused_in_one_sentence(tmp_path: Path, entry: str, below: str) -> None:
