@@ -7,7 +7,6 @@ tokens are refused (revoked.py). token_clock.py says which clock decides that a 
 
 import hashlib
 import hmac
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +32,8 @@ from shared.settings_loading import SettingsError
 MIN_RSA_BITS = 2048
 """RS256 requires at least this size (RFC 7518, section 3.3)."""
 _MAX_CACHED_TOKENS = 4096
+_MAX_SECONDS = 253_370_764_800
+"""The year 9999. Later times have no date in Python, and larger numbers perhaps no float."""
 _AS_JWK: dict[str, Any] = {"RS256": RSAAlgorithm.to_jwk, "EdDSA": OKPAlgorithm.to_jwk}
 
 
@@ -359,8 +360,8 @@ class Tokens:
 def _time(claims: dict[str, Any], name: str) -> float:
     """Returns a time in Unix seconds, or 0 if the token does not have it. Raises InvalidTokenError."""
     found = claims.get(name, 0)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise jwt.InvalidTokenError(f"{name} is not a number")
+    if isinstance(found, bool) or not isinstance(found, int | float) or not abs(found) < _MAX_SECONDS:
+        raise jwt.InvalidTokenError(f"{name} is not a time")
     return float(found)
 
 
@@ -386,6 +387,8 @@ def _identity(claims: dict[str, Any]) -> Identity:
         )
         for name in (identity.user_id, identity.session_id or "-"):
             msgspec.convert(name, Label)  # orders store these ids
+        # Half of a surrogate pair raises ValueError.
+        f"{identity.user_id}{identity.session_id}{identity.email}".encode()
     except (ValueError, AttributeError, TypeError) as error:
         raise Unauthenticated("the token's role, userId, sessionId or restaurantId is not valid") from error
     if role is Role.CUSTOMER and not identity.session_id:

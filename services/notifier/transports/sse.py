@@ -77,7 +77,6 @@ FORM = Form(
 
 _NAMES = "|".join(KINDS)
 _CLIENT_ID = r"[\x21-\x7e]{1,64}"
-_MAX_EXPIRY = datetime.max.replace(tzinfo=UTC).timestamp()
 _UUID = "[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
 
 
@@ -226,7 +225,7 @@ class _Stream:
             cursor,
             restaurantId=self._interest.tenant,
             clientId=self._client_id,
-            expiresAt=datetime.fromtimestamp(min(self._grant.expires_at, _MAX_EXPIRY), UTC),
+            expiresAt=datetime.fromtimestamp(self._grant.expires_at, UTC),
         )
 
 
