@@ -168,6 +168,10 @@ async def contract_breaker(ops_rig: OperatorRig, marker: str) -> tuple[dict[str,
         return dead_letter, (await details_of(client, dead_letter))["event"]
 
 
+def with_after(event: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {**event, "data": {**event["data"], "after": {**event["data"]["after"], "seats": 4, **fields}}}
+
+
 def with_seats(event: dict[str, Any], seats: Any) -> dict[str, Any]:
     return {**event, "data": {**event["data"], "after": {**event["data"]["after"], "seats": seats}}}
 
@@ -204,6 +208,8 @@ async def test_edit_makes_a_new_change_and_the_dead_letter_keeps_its_original_ev
     [
         (lambda event: with_seats(event, -1), "event.data.after.seats", "contract_broken"),
         (lambda event: with_seats(event, "six"), "event.data.after.seats", "contract_broken"),
+        (lambda event: with_after(event, id="x"), "event.data.after.id", "contract_broken"),
+        (lambda event: with_after(event, state="closed"), "event.data.after.state", "contract_broken"),
         (lambda event: {**event, "data": {}}, "event.data", "invalid_input"),
         (lambda event: {**event, "type": "ticketrail.table.eaten.v1"}, "event.type", "unknown_type"),
         (lambda event: {**event, "tenant": "x"}, "event.tenant", "invalid_input"),
@@ -211,14 +217,18 @@ async def test_edit_makes_a_new_change_and_the_dead_letter_keeps_its_original_ev
         (lambda event: {**event, "restaurantid": str(uuid4())}, "event.restaurantid", "locked"),
         (lambda event: {name: event[name] for name in event if name != "type"}, "event.type", "invalid_input"),
     ],
-    ids=["too-few", "text", "no-after", "type", "unknown", "subject", "restaurant", "missing"],
+    ids=["too-few", "text", "id", "state", "no-after", "type", "unknown", "subject", "restaurant", "missing"],
 )
 async def test_invalid_edit_is_refused_with_the_name_of_the_field(
     ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str, wrong: Any, field: str, code: str
 ) -> None:
     dead_letter, event = await contract_breaker(ops_rig, marker)
     body = {"revision": 1, "event": wrong(event)}
-    refused(await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/edit", json=body), 422, code, field)
+    reply = await nadia.post(f"{DEAD_LETTERS}/{dead_letter['id']}/edit", json=body)
+    details = refused(reply, 422, code, field)
+    assert not any(word in reply.json()["error"]["message"] for word in ("regex", "$", "data.after:"))
+    if field.endswith(".state"):
+        assert "occupied" in details["allowed"]
     assert await ops_rig.dead_letters(1, text=marker) == [dead_letter]
 
 

@@ -13,9 +13,10 @@ import msgspec
 from msgspec import Struct
 
 from shared.entities import registry
-from shared.entities.contract import BrokenContract, decode_change, encode, now, split_batch
+from shared.entities.contract import BrokenContract, Change, decode_change, encode, now, split_batch
 from shared.entities.entity import Entity
 from shared.errors import InvalidInput
+from shared.http.field_rules import in_words
 
 _ASSIGNED = ("id", "time", "entityversion", "basechangeid", "traceparent", "actor", "specversion", "datacontenttype")
 _REQUIRED = ("restaurantid", "subject", "type", "data")
@@ -66,7 +67,7 @@ def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tup
         change = decode_change(encode(whole))
         entity, state = registry.read(change)
     except BrokenContract as error:
-        raise InvalidInput(str(error), field=_field(error), code=error.reason) from error
+        raise _refusal(error, edited["type"]) from error
     return entity, change.type.split(".")[2], state, bytes(change.data.after)
 
 
@@ -94,6 +95,17 @@ def new_event(restaurant_id: str, type_: str, subject: str) -> dict[str, Any]:
     fields = msgspec.structs.fields(registry.ENTITIES[name].state)
     after = {field.name: known.get(field.name) for field in fields if field.required}
     return {"restaurantid": restaurant_id, "type": type_, "subject": subject, "data": {"after": after}}
+
+
+def _refusal(error: BrokenContract, type_: str) -> InvalidInput:
+    """Returns the error in words: what a text must be, and the values that an enumeration allows."""
+    text, of_state = str(error), str(error).startswith(f"{_AFTER}: ")
+    found = _PATH.search(text)
+    checked: Any = registry.ENTITIES[type_.split(".")[1]].state if of_state else Change
+    message, details = in_words(
+        _PATH.sub("", text.removeprefix(f"{_AFTER}: ")), found[1] if found is not None else "", checked
+    )
+    return InvalidInput(message, field=_field(error), code=error.reason, **details)
 
 
 def _field(error: BrokenContract) -> str:
