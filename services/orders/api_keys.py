@@ -1,19 +1,22 @@
 """The API keys of restaurants in PostgreSQL, as plain rows. shared/http/api_keys.py verifies them."""
 
+import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
-from uuid import uuid4
 
 import asyncpg
 import structlog
 from msgspec import Struct
 
-from shared.errors import Conflict, NotFound, OutcomeUnknown, Unavailable
+from shared.entities.contract import now
+from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
-from shared.security.api_keys import new_key
+from shared.rail.idempotency import key_reused
+from shared.security.api_keys import derived_key, new_key
 from shared.security.permissions import Scope
+from shared.security.tokens import Tokens
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +38,7 @@ _PAGE = (
     " order by created_at desc, id desc limit $3"
 )
 _ONE = f"select {_FIELDS} from api_keys where id = $1"  # noqa: S608
+_FIND = "select * from find_api_key($1)"
 _REVOKE = "select revoke_api_key($1, $2)"
 
 
@@ -56,9 +60,10 @@ class ApiKey(Struct, frozen=True, kw_only=True):
 
 
 class ApiKeyStore:
-    def __init__(self, postgres: Postgres) -> None:
-        """`postgres`: a pool of the api role."""
+    def __init__(self, postgres: Postgres, tokens: Tokens) -> None:
+        """`postgres`: a pool of the api role. Raises BadKey if `tokens` can only verify."""
         self._postgres = postgres
+        self._secret = tokens.derived_secret("api-key").hex()
 
     @asynccontextmanager
     async def _as_tenant(self, restaurant: str, *, readonly: bool = True) -> AsyncIterator[Connection]:
@@ -75,22 +80,40 @@ class ApiKeyStore:
             raise NotFound("no such restaurant") from error
 
     async def add(
-        self, restaurant: str, name: str, scopes: list[Scope], expires_at: datetime | None, *, actor: str
-    ) -> tuple[ApiKey, str]:
-        """Makes a key. Returns (key, its text); the text is not stored. Raises Conflict if the restaurant has
-        too many valid keys."""
-        made = new_key()
+        self,
+        restaurant: str,
+        id_: str,
+        name: str,
+        scopes: list[Scope],
+        expires_at: datetime | None,
+        request_hash: str | None,
+        *,
+        actor: str,
+    ) -> tuple[ApiKey, str, bool]:
+        """Makes a key. Returns (key, its text, whether an earlier request has made it). `request_hash`: the hash of a
+        request with an Idempotency-Key, from which `id_` is derived. The text is not stored: that of such a request is
+        derived from the key that signs tokens, so a repeat shows the same one. Raises InvalidInput for a key that was
+        used for another request and for an expiry that has passed, and Conflict if the restaurant has too many valid
+        keys."""
+        made = new_key() if request_hash is None else derived_key(self._secret, f"{id_}/{request_hash}")
         async with self._as_tenant(restaurant, readonly=False) as connection:
             await connection.execute(_LOCK, restaurant)
+            if request_hash is not None and (earlier := await connection.fetchrow(_ONE, id_)) is not None:
+                row = await connection.fetchrow(_FIND, made.prefix)
+                if row is None or not hmac.compare_digest(row["key_sha256"], made.digest):
+                    raise key_reused()
+                return _key(earlier), made.text, True
+            if expires_at is not None and expires_at <= now():
+                raise InvalidInput("must be in the future", field="expires_at")
             if await connection.fetchval(_COUNT) >= MAX_VALID_KEYS:
                 raise Conflict(f"a restaurant has at most {MAX_VALID_KEYS} valid keys", code="too_many_api_keys")
             names = sorted({scope.value for scope in scopes})
             row = await connection.fetchrow(
-                _INSERT, str(uuid4()), restaurant, made.prefix, made.digest, name, names, actor, expires_at
+                _INSERT, id_, restaurant, made.prefix, made.digest, name, names, actor, expires_at
             )
         key = _key(row)
         log.info("api_key_made", api_key=key.id, prefix=key.prefix, restaurant=restaurant)
-        return key, made.text
+        return key, made.text, False
 
     async def page(self, restaurant: str, *, limit: int, before: tuple[datetime, str] | None) -> list[ApiKey]:
         """Returns keys, also revoked and expired ones, newest first. `before` is (created_at, id) of the last key of

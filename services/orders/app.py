@@ -108,7 +108,7 @@ def assemble(settings: Settings, lease: Lease) -> OrdersParts:
         DerivedFigures(reads, postgres, mirror),
         accounts,
         SignIn(accounts, reads, tokens, mirror, settings),
-        ApiKeyStore(postgres),
+        ApiKeyStore(postgres, tokens),
         TokenBucket(
             mirror,
             "guest-orders",

@@ -28,6 +28,8 @@ from shared.security.permissions import ACTIONS
 T = TypeVar("T")
 
 MAX_LIMIT = 200
+ANY_TEXT = "any text"
+"""The key of `Meta.extra` for a query parameter that may have every character, because it is not stored."""
 _ESCAPED_PLUS = re.compile(r"(T[0-9:.]+) ([0-9]{2}:?[0-9]{2})$")
 _ERROR_PATH = re.compile(r" - at `\$?\.?(?P<path>[^`]*)`$")
 
@@ -125,7 +127,11 @@ def read_query(request: Any, type_: type[T]) -> T:
                 "must be a time with a zone, from 1970 to 2200, such as 2026-03-01T12:00:00Z", field=name
             )
         for one in value if names[name].many else (value,):
-            if isinstance(one, str) and ("\x00" in one or any("\ud800" <= char <= "\udfff" for char in one)):
+            if (
+                isinstance(one, str)
+                and not names[name].any_text
+                and ("\x00" in one or any("\ud800" <= char <= "\udfff" for char in one))
+            ):
                 raise InvalidInput("contains characters that cannot be stored", field=name)
     return found
 
@@ -133,6 +139,7 @@ def read_query(request: Any, type_: type[T]) -> T:
 class _Parameter(Struct, frozen=True):
     field: str
     many: bool
+    any_text: bool
 
 
 @cache
@@ -140,7 +147,11 @@ def _parameters(type_: Any) -> dict[str, _Parameter]:
     """Returns the query parameters by name, as clients send it."""
     info = msgspec.inspect.type_info(type_)
     assert isinstance(info, msgspec.inspect.StructType)
-    return {one.encode_name: _Parameter(one.name, _is_list(one.type)) for one in info.fields}
+    return {one.encode_name: _Parameter(one.name, _is_list(one.type), _takes_any_text(one.type)) for one in info.fields}
+
+
+def _takes_any_text(node: msgspec.inspect.Type) -> bool:
+    return isinstance(node, msgspec.inspect.Metadata) and ANY_TEXT in (node.extra or {})
 
 
 def _is_list(node: msgspec.inspect.Type) -> bool:

@@ -13,6 +13,7 @@ from msgspec import Struct
 from services.orders.resources import RESOURCES
 from shared.security.tokens import Role
 from tests.contract import documents
+from tests.rigs.http_client import http_client
 from tests.rigs.link import link_to
 from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register_restaurant
 from tests.rigs.system import System, eventually
@@ -212,7 +213,7 @@ def test_every_route_that_adds_honours_a_key() -> None:
         if one["name"] == "Idempotency-Key"
     }
     adding = {resource.path for resource in RESOURCES}
-    adding |= {"/api/orders", "/api/users", "/api/orders/{order_id}/payments"}
+    adding |= {"/api/orders", "/api/users", "/api/api-keys", "/api/orders/{order_id}/payments"}
     adding |= {"/api/inventory/{inventory_item_id}/moves", "/api/customers/{customer_id}/loyalty"}
     assert adding <= honouring
 
@@ -237,6 +238,38 @@ async def test_user_that_is_added_again_with_its_key_exists_once(restaurant: Res
             assert made(await send())["id"] in ids
             for other in others:
                 refused(await send(**other), 422, "idempotency_key_reused", "Idempotency-Key")
+
+
+async def test_api_key_that_is_made_again_with_its_key_exists_once_and_is_shown_again(
+    system: System, restaurant: RestaurantRig
+) -> None:
+    body, key = {"name": f"Till {uuid4()}", "scopes": ["menu:read"]}, with_key()
+    async with restaurant.client(Role.ADMIN) as admin:
+
+        async def send(headers: dict[str, str] = key, **fields: Any) -> httpx.Response:
+            return await admin.post("/api/api-keys", json={**body, **fields}, headers=headers)
+
+        replies = await asyncio.gather(*(send() for _ in range(4)))
+        shown = {(made(reply)["id"], made(reply)["key"]) for reply in replies}
+        assert len(shown) == 1
+        assert sum("idempotency-replayed" in reply.headers for reply in replies) == 3
+        [(id_, text)] = shown
+        async with http_client(base_url=system.urls["orders"], headers={"Authorization": f"Bearer {text}"}) as till:
+            expect(await till.get("/api/menu"))
+        for change in ("made", "revoked"):
+            if change == "revoked":
+                expect(await admin.delete(f"/api/api-keys/{id_}"))
+            assert (made(await send())["id"], made(await send())["key"]) == (id_, text)
+            for other in ({"name": "Till"}, {"scopes": ["menu:read", "orders:write"]}):
+                refused(await send(**other), 422, "idempotency_key_reused", "Idempotency-Key")
+        another = made(await send(with_key()))
+        assert another["id"] != id_ and another["key"] != text
+        keys = expect(await admin.get("/api/api-keys", params={"limit": 200}))
+        assert sum(one["name"] == body["name"] for one in keys) == 2
+        # Another restaurant's admin with the same key and body gets a key of its own.
+    stranger = await register_restaurant(system)
+    async with stranger.client(Role.ADMIN) as admin:
+        assert made(await send())["key"] != text
 
 
 async def test_answer_504_repeated_with_its_key_counts_once_on_every_route(

@@ -285,6 +285,15 @@ async def test_guest_sees_nothing_of_other_guests(restaurant: RestaurantRig) -> 
 # -- the audit ---------------------------------------------------------------------------------------------------
 
 
+async def test_audit_of_an_unknown_entity_is_refused_with_the_names_of_all(restaurant: RestaurantRig) -> None:
+    async with restaurant.client(Role.ADMIN) as admin:
+        reply = await admin.get("/api/audit", params={"entity": "users"})
+        refused(reply, 422, "invalid_input", "entity")
+        assert reply.json()["error"]["message"].startswith("must be one of order, menu_item, ")
+        for entity in ("order", "user", "api_key"):
+            expect(await admin.get("/api/audit", params={"entity": entity}))
+
+
 async def audit(client: httpx.AsyncClient, count: int, **query: Any) -> list[dict[str, Any]]:
     """Waits until the audit, which is read from PostgreSQL, has `count` rows; returns them."""
 

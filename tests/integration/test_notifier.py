@@ -290,6 +290,9 @@ async def test_cursor_that_is_none_gets_a_resync_and_continues_live(rig: Notifie
             assert screen.names == ["resync", "order_created"]
             assert screen.events[1].data["reason"] == "unreadable"
             assert screen.events[2].data["orderID"] == one.entity_id
+    async with notifier.screen(lastEventId=f"{cursor}\0") as query:  # no header can have this character
+        await query.first(1)
+        assert query.names == ["resync"]
 
 
 async def test_event_types_may_be_repeated(rig: NotifierRig) -> None:

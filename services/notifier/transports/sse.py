@@ -28,7 +28,7 @@ from services.notifier.streams import OpenStreams
 from shared.entities.contract import encode
 from shared.errors import InvalidInput, Unavailable
 from shared.http.call import Call
-from shared.http.endpoint import endpoint, read_query
+from shared.http.endpoint import ANY_TEXT, endpoint, read_query
 from shared.http.origins import AllowedOrigins
 from shared.security.tokens import Grant
 
@@ -96,7 +96,10 @@ class EventsQuery(Struct, forbid_unknown_fields=True, kw_only=True):
     ] = field(default_factory=list, name="eventTypes")
     last_event_id: Annotated[
         str,
-        Meta(description="the cursor of the last received event; after another text, the stream begins with resync"),
+        Meta(
+            description="the cursor of the last received event; after another text, the stream begins with resync",
+            extra={ANY_TEXT: True},
+        ),
     ] = field(default="", name="lastEventId")
     client_id: Annotated[
         str,

@@ -7,11 +7,11 @@ from litestar.types import ASGIApp
 from msgspec import Meta
 
 from services.orders.api_keys import ApiKey
+from services.orders.idempotency import RequestKey
 from services.orders.requests import Request
 from services.orders.route_context import context_of
 from services.orders.routes.users import admins_tenant
-from shared.entities.contract import Time, now
-from shared.errors import InvalidInput
+from shared.entities.contract import Time
 from shared.http.bodies import read_body
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
@@ -38,7 +38,7 @@ class ApiKeysQuery(Request):
 
 
 class MadeApiKey(ApiKey, frozen=True, kw_only=True):
-    """`key` is shown only once."""
+    """`key` is shown only in this reply."""
 
     key: str
 
@@ -50,23 +50,30 @@ class MadeApiKey(ApiKey, frozen=True, kw_only=True):
     tag=_TAG,
     summary="Make an API key",
     description="The reply shows the key once. It goes into the header `Authorization: Bearer`, or, for"
-    " `POST /api/sync/order`, into `x-sync-token`.",
+    " `POST /api/sync/order`, into `x-sync-token`. A repeat with the same `Idempotency-Key` shows the same key, as long"
+    " as the services sign with the same key.",
     body=CreateApiKey,
     answer=MadeApiKey,
     status=201,
     errors=(409, 504),
+    headers=("Idempotency-Key",),
     example={"name": "Web shop", "scopes": ["menu:read", "orders:write"]},
 )
 async def create_api_key(request: Call) -> ASGIApp:
-    requested = read_body(await request.whole_body(), CreateApiKey)
-    if requested.expires_at is not None and requested.expires_at <= now():
-        raise InvalidInput("must be in the future", field="expires_at")
-    tenant = await admins_tenant(request)
-    key, text = await context_of(request).api_keys.add(
-        tenant, requested.name, requested.scopes, requested.expires_at, actor=request.identity.actor
+    key, body = RequestKey.of(request, "POST /api/api-keys"), await request.whole_body()
+    requested, tenant = read_body(body, CreateApiKey), await admins_tenant(request)
+    made, text, replayed = await context_of(request).api_keys.add(
+        tenant,
+        key.entity_id(),
+        requested.name,
+        requested.scopes,
+        requested.expires_at,
+        key.hash_of(body),
+        actor=request.identity.actor,
     )
-    fields = {name: getattr(key, name) for name in key.__struct_fields__}
-    return success(MadeApiKey(**fields, key=text), status=201)
+    fields = {name: getattr(made, name) for name in made.__struct_fields__}
+    headers = {"Idempotency-Replayed": "true"} if replayed else {}
+    return success(MadeApiKey(**fields, key=text), status=201, headers=headers)
 
 
 @endpoint(

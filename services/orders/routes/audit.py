@@ -11,20 +11,30 @@ from msgspec import Meta, Struct
 from services.orders import audit
 from services.orders.requests import Request
 from services.orders.route_context import context_of
-from shared.entities.contract import Time
+from shared.entities import registry
+from shared.entities.contract import SENTENCE, Time
 from shared.errors import Unavailable
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
 from shared.http.endpoint import endpoint, read_query
 from shared.http.replies import success
-from shared.http.texts import Label
+from shared.http.texts import END, Label
 from shared.postgres.pool import UNAVAILABLE
+
+_ENTITIES = (*registry.ENTITIES, *audit.IDENTITIES)
+_Entity = Annotated[
+    str,
+    Meta(
+        pattern=rf"^(?:{'|'.join(_ENTITIES)}){END}",
+        extra={SENTENCE: f"must be one of {', '.join(_ENTITIES)}"},
+    ),
+]
 
 
 class AuditQuery(Request, rename={"from_": "from"}):
     from_: Time | None = None
     to: Time | None = None
-    entity: Label | None = None
+    entity: _Entity | None = None
     entity_id: UUID | None = None
     actor: Label | None = None
     limit: Annotated[int, Meta(ge=1, le=200)] = 50
