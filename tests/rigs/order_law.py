@@ -6,6 +6,7 @@ nothing of each other, as forks, offline terminals and imports make them.
 
 from collections.abc import Callable, Sequence
 from datetime import date, datetime, timedelta
+from random import Random
 from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
@@ -97,174 +98,9 @@ def refunded(order: Order, amount: int, name: str = "refund", version: int = 4, 
 
 # -- random histories --------------------------------------------------------------------------------------------
 
-PRICES = st.one_of(st.integers(0, 3_000), st.integers(0, 10**9))
-PPM = st.sampled_from([0, 50_000, 70_000, 88_750, 190_000, 1_000_000])
 CATEGORIES = ("standard", "drinks", "books")
-
-
-@st.composite
-def taxes(draw: st.DrawFn) -> Tax:
-    return Tax(
-        mode=draw(st.sampled_from(TaxMode)),
-        rounding=draw(st.sampled_from(Rounding)),
-        discounts=draw(st.sampled_from(TaxedDiscounts)),
-        rates={
-            name: {"default": draw(PPM), "takeaway": draw(PPM)}
-            for name in draw(st.sets(st.sampled_from(CATEGORIES[:2])))
-        },
-    )
-
-
-charges = st.builds(
-    ServiceCharge,
-    bp=st.integers(0, 2_000),
-    types=st.just((OrderType.DINE_IN, OrderType.DELIVERY)),
-    min_guests=st.integers(0, 3),
-    tax=st.sampled_from([None, "as_lines", "untaxed", "drinks"]),
-)
-discounts = st.one_of(
-    st.builds(Discount, bp=st.integers(0, 10_000), reason=st.just("regular")),
-    st.builds(Discount, amount=st.integers(0, 5_000), reason=st.just("regular")),
-)
-
-
-@st.composite
-def new_lines(draw: st.DrawFn, label: str) -> NewLine:
-    return line(
-        f"{label} {draw(st.integers(0, 2))}",
-        draw(PRICES),
-        draw(st.integers(1, 5)),
-        tax_category=draw(st.sampled_from([None, *CATEGORIES])),
-        course=draw(st.integers(0, 3)),
-        hold=draw(st.booleans()),
-        special_instructions=draw(st.sampled_from([None, "no onions", "for Ada"])),
-        consumes=draw(st.sampled_from([(), (Consumption(FLOUR, 2),)])),
-    )
-
-
+_PPM = (0, 50_000, 70_000, 88_750, 190_000, 1_000_000)
 Command = Callable[[Order, Act], Order]
-
-
-@st.composite
-def commands(draw: st.DrawFn, label: str, name: str | None = None) -> tuple[str, Command]:
-    """Returns the name of a command and the command. `label` makes the ids of its facts; places in the order are chosen
-    by number, because the order is not known yet."""
-    place_, amount, flag = draw(st.integers(0, 9)), draw(st.integers(1, 3_000)), draw(st.booleans())
-
-    def at(order: Order) -> str:
-        return order.items[place_ % len(order.items)].id if order.items else named("no line")
-
-    name = name or draw(st.sampled_from(_NAMES))
-    match name:
-        case "add":
-            new = tuple(draw(st.lists(new_lines(label), min_size=1, max_size=2, unique_by=lambda one: one.id)))
-            return name, lambda order, act: lines.add_lines(order, act, new)
-        case "void":
-            pieces = draw(st.one_of(st.none(), st.integers(1, 3)))
-            return name, lambda order, act: lines.void(
-                order, act, NewVoid(id=named(label), line=at(order), quantity=pieces, reason="dropped")
-            )
-        case "edit":
-            text, course = draw(st.sampled_from([None, "well done", "for Ben"])), draw(st.integers(0, 3))
-            return name, lambda order, act: lines.edit_line(
-                order, act, at(order), special_instructions=text, course=course
-            )
-        case "discount line":
-            discount = draw(st.one_of(st.none(), discounts))
-            return name, lambda order, act: lines.discount_line(order, act, at(order), discount)
-        case "comp":
-            return name, lambda order, act: lines.comp(order, act, at(order), "apology")
-        case "accept":
-            return name, kitchen.accept
-        case "cook" | "recall":
-            state = draw(st.sampled_from([one for one in KitchenState if one is not KitchenState.NEW]))
-            return name, lambda order, act: kitchen.cook(
-                order, act, state, items=[at(order)] if flag else None, recall=name == "recall"
-            )
-        case "edit order":
-            fields = draw(
-                st.fixed_dictionaries(
-                    {},
-                    optional={
-                        "table_id": st.sampled_from([None, named("table 1"), named("table 2")]),
-                        "type": st.sampled_from(OrderType),
-                        "guests": st.one_of(st.none(), st.integers(1, 8)),
-                        "notes": st.sampled_from([None, "birthday", "window"]),
-                        "customer_name": st.sampled_from([None, "Ada", "Ben"]),
-                        "customer_phone": st.sampled_from([None, "+4930123456"]),
-                        "tip": st.integers(0, 500),
-                        "deposit_used": st.integers(0, 500),
-                    },
-                )
-            )
-            return name, lambda order, act: registers.edit_order(order, act, **fields)
-        case "discount":
-            discount = draw(st.one_of(st.none(), discounts))
-            return name, lambda order, act: registers.discount_order(order, act, discount)
-        case "service":
-            service = draw(st.sampled_from([None, Service(0, "waived"), Service(1_250, "party")]))
-            return name, lambda order, act: registers.set_service(order, act, service)
-        case "pay":
-            tip = draw(st.integers(0, 100))
-
-            def pay(order: Order, act: Act) -> Order:
-                part = order.balance if flag else amount
-                new = NewPayment(id=named(label), amount=max(0, part) + tip, tip=tip, method="card")
-                return payments.pay(order, act, new)
-
-            return name, pay
-        case "refund":
-            return name, lambda order, act: payments.refund(
-                order, act, NewRefund(id=named(label), amount=amount, method="card", reason="cold", correction=flag)
-            )
-        case "status":
-            status = draw(st.sampled_from(OrderStatus))
-            return name, lambda order, act: lifecycle.set_status(order, act, status)
-        case "tell":
-            tax, total = (draw(st.one_of(st.none(), st.integers(0, 9_000))) for _ in range(2))
-            return name, lambda order, act: registers.tell(order, act, subtotal=amount, tax_amount=tax, total=total)
-        case "erase":
-            return name, lambda order, act: lifecycle.erase(order, act.at)
-        case "put":
-            wanted = draw(st.integers(1, 4))
-
-            def put(order: Order, act: Act) -> Order:
-                kept = [
-                    lines.Wanted(
-                        one.menu_item_id,
-                        wanted,
-                        tuple((choice.name, choice.option) for choice in one.customizations),
-                        one.special_instructions,
-                    )
-                    for one in order.items[place_ % 2 :: 2]
-                ]
-                plan = lines.plan_items(order, kept)
-                more = [
-                    line(f"{label} {place}", 700, pieces, menu_item_id=kept[place].menu_item_id)
-                    for place, pieces in plan.more
-                ]
-                return lines.put_items(order, act, plan, more)
-
-            return name, put
-        case "complete":
-            return name, lifecycle.complete
-        case "cancel":
-            return name, lifecycle.cancel
-        case "reopen":
-            return name, lifecycle.reopen
-        case "delete":
-            return name, lifecycle.delete
-        case "restore":
-            return name, lifecycle.restore
-    raise AssertionError(name)
-
-
-_NAMES = [
-    *("add", "add", "add", "void", "void", "edit", "edit", "discount line", "comp", "accept", "accept", "put", "put"),
-    *("cook", "cook", "cook", "recall", "recall", "recall", "edit order", "edit order", "discount", "service", "tell"),
-    *("pay", "pay", "pay", "refund", "refund", "status", "status", "complete", "reopen", "cancel", "delete", "restore"),
-    "erase",
-]
 
 
 class Step(Struct, frozen=True):
@@ -281,63 +117,213 @@ class History(Struct, frozen=True):
     branches: list[Order]
     steps: list[Step]
 
-
-def _step(draw: st.DrawFn, order: Order, label: str, version: int, steps: list[Step], name: str | None = None) -> Order:
-    name, command = draw(commands(label, name))
-    try:
-        after = command(order, act(version, role=Role.MANAGER))
-    except Refused:
-        return order
-    steps.append(Step(name, order, after))
-    return after
+    def __repr__(self) -> str:
+        return f"<{', '.join(step.name for step in self.steps)}>"
 
 
-def _walk(draw: st.DrawFn, order: Order, label: str, versions: range, steps: list[Step]) -> Order:
-    for version in versions:
-        order = _step(draw, order, f"{label}{version}", version, steps)
-    return order
+class Dice:
+    """Draws orders and commands. Hypothesis draws the seed and the lengths alone: if it drew each part, it would be
+    slow and would try the same few commands again and again."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._random = Random(seed)
+        self.number, self.one_of = self._random.randint, self._random.choice
+
+    def chance(self, probability: float = 0.5) -> bool:
+        return self._random.random() < probability
+
+    def maybe(self, value: Any) -> Any:
+        return value if self.chance() else None
+
+    def price(self) -> int:
+        return (
+            self.number(0, 10**9) if self.chance(0.1) else self.one_of([0, self.number(1, 20), self.number(1, 3_000)])
+        )
+
+    def tax(self) -> Tax:
+        return Tax(
+            mode=self.one_of(list(TaxMode)),
+            rounding=self.one_of(list(Rounding)),
+            discounts=self.one_of(list(TaxedDiscounts)),
+            rates={
+                name: {"default": self.one_of(_PPM), "takeaway": self.one_of(_PPM)}
+                for name in CATEGORIES[:2]
+                if self.chance(0.8)
+            },
+        )
+
+    def charge(self) -> ServiceCharge:
+        return ServiceCharge(
+            bp=self.number(0, 2_000),
+            types=(OrderType.DINE_IN, OrderType.DELIVERY),
+            min_guests=self.number(0, 3),
+            tax=self.one_of([None, "as_lines", "untaxed", "drinks"]),
+        )
+
+    def discount(self) -> Discount:
+        if self.chance():
+            return Discount(bp=self.number(0, 10_000), reason="regular")
+        return Discount(amount=self.number(0, 3_000), reason="regular")
+
+    def line(self, label: str) -> NewLine:
+        return line(
+            label,
+            self.price(),
+            self.number(1, 5),
+            tax_category=self.one_of([None, *CATEGORIES]),
+            course=self.number(0, 3),
+            hold=self.chance(0.2),
+            special_instructions=self.one_of([None, "no onions", "for Ada"]),
+            consumes=self.one_of([(), (Consumption(FLOUR, 2),)]),
+        )
+
+    def order(self) -> Order:
+        order = placed(
+            *(self.line(f"first {number}") for number in range(self.number(1, 3))),
+            terms=Terms(tax=self.tax(), service_charge=self.maybe(self.charge())),
+            type=self.one_of(list(OrderType)),
+            guests=self.maybe(self.number(1, 4)),
+            auto_accept=self.chance(0.7),
+        )
+        return kitchen.cook(order, act(1), self.one_of(_AT_WORK)) if order.accepted and self.chance() else order
+
+    def fields(self) -> dict[str, Any]:
+        found = {
+            "table_id": self.one_of([None, named("table 1"), named("table 2")]),
+            "type": self.one_of(list(OrderType)),
+            "guests": self.maybe(self.number(1, 8)),
+            "notes": self.one_of([None, "birthday", "window"]),
+            "customer_name": self.one_of([None, "Ada", "Ben"]),
+            "customer_phone": self.maybe("+4930123456"),
+            "tip": self.number(0, 500),
+            "deposit_used": self.number(0, 500),
+        }
+        return {name: value for name, value in found.items() if self.chance(0.4)}
+
+    def command(self, label: str, name: str, order: Order) -> Command:
+        """`label` makes the ids of new facts."""
+        at = self.one_of(order.items).id if order.items else named("no line")
+        amount = self.one_of([self.number(1, 3_000), max(1, abs(order.balance))])
+        id_ = named(label)
+        match name:
+            case "add":
+                new = [self.line(f"{label} {number}") for number in range(self.number(1, 2))]
+                return lambda order, act: lines.add_lines(order, act, new)
+            case "void":
+                pieces = self.maybe(self.number(1, 3))
+                fact = NewVoid(id=id_, line=at, quantity=pieces, reason="dropped", wasted=self.maybe(True))
+                return lambda order, act: lines.void(order, act, fact)
+            case "edit":
+                text, course = self.one_of([None, "well done", "for Ben"]), self.number(0, 3)
+                return lambda order, act: lines.edit_line(order, act, at, special_instructions=text, course=course)
+            case "discount line":
+                discount = self.maybe(self.discount())
+                return lambda order, act: lines.discount_line(order, act, at, discount)
+            case "comp":
+                return lambda order, act: lines.comp(order, act, at, "apology")
+            case "accept":
+                return kitchen.accept
+            case "cook" | "recall":
+                state, items = self.one_of([KitchenState.HOLD, *_AT_WORK]), self.maybe([at])
+                return lambda order, act: kitchen.cook(order, act, state, items=items, recall=name == "recall")
+            case "edit order":
+                fields = self.fields()
+                return lambda order, act: registers.edit_order(order, act, **fields)
+            case "discount":
+                discount = self.maybe(self.discount())
+                return lambda order, act: registers.discount_order(order, act, discount)
+            case "service":
+                service = self.one_of([None, Service(0, "waived"), Service(1_250, "party")])
+                return lambda order, act: registers.set_service(order, act, service)
+            case "tell":
+                tax, total = self.maybe(self.number(0, 900)), self.maybe(self.number(0, 9_000))
+                subtotal = self.maybe(amount)
+                return lambda order, act: registers.tell(order, act, subtotal=subtotal, tax_amount=tax, total=total)
+            case "pay":
+                tip = self.one_of([0, self.number(0, 100)])
+                payment = NewPayment(id=id_, amount=amount + tip, tip=tip, method="card")
+                return lambda order, act: payments.pay(order, act, payment)
+            case "refund":
+                back = NewRefund(id=id_, amount=amount, method="card", reason="cold", correction=self.chance(0.3))
+                return lambda order, act: payments.refund(order, act, back)
+            case "status":
+                status = self.one_of(list(OrderStatus))
+                return lambda order, act: lifecycle.set_status(order, act, status)
+            case "put":
+                kept = [_wanted(one, self.number(1, 4)) for one in order.items if self.chance(0.7)]
+                return lambda order, act: _put(order, act, kept, label)
+            case "erase":
+                return lambda order, act: lifecycle.erase(order, act.at)
+            case _:
+                return getattr(lifecycle, name)
+
+    def step(self, order: Order, label: str, version: int, steps: list[Step], name: str | None = None) -> Order:
+        name = name or self.one_of(_NAMES)
+        try:
+            after = self.command(label, name, order)(order, act(version, role=Role.MANAGER))
+        except Refused:
+            return order
+        steps.append(Step(name, order, after))
+        return after
 
 
-@st.composite
-def orders(draw: st.DrawFn) -> Order:
-    charge = draw(st.one_of(st.none(), charges))
-    new = draw(st.lists(new_lines("first"), min_size=1, max_size=3, unique_by=lambda one: one.id))
-    fields = {"type": draw(st.sampled_from(OrderType)), "guests": draw(st.one_of(st.none(), st.integers(1, 4)))}
-    terms = Terms(tax=draw(taxes()), service_charge=charge)
-    order = placed(*new, terms=terms, auto_accept=draw(st.integers(0, 3)) > 0, **fields)
-    state = draw(st.sampled_from([one for one in KitchenState if rank(one) >= rank(KitchenState.FIRED)]))
-    return order if order.accepted is None else kitchen.cook(order, act(1), state)
-
-
-_CLASHES = [
-    "edit order",
-    "edit order",
-    "edit",
-    "discount line",
-    "discount",
-    "service",
-    "cook",
-    "recall",
-    "status",
-    "void",
+_AT_WORK = [state for state in KitchenState if rank(state) >= rank(KitchenState.FIRED)]
+_NAMES = [
+    *("add", "add", "add", "void", "void", "edit", "edit", "discount line", "comp", "accept", "accept", "put", "put"),
+    *("cook", "cook", "cook", "recall", "recall", "edit order", "edit order", "discount", "service", "tell", "tell"),
+    *("pay", "pay", "pay", "refund", "refund", "status", "complete", "reopen", "cancel", "delete", "restore", "erase"),
 ]
+_CLASHES = ["edit order", "edit", "discount line", "discount", "service", "cook", "recall", "complete", "void"]
 
 
-@st.composite
-def histories(draw: st.DrawFn, branches: int = 3) -> History:
-    """Returns an order that took `branches` ways at once. Their versions overlap, and at the end all of them do the
-    same thing in other ways as one version, so that registers meet with one rev and with several."""
-    steps: list[Step] = []
-    trunk = _walk(draw, draw(orders()), "trunk ", range(2, 2 + draw(st.integers(1, 4))), steps)
+def _wanted(one: Line, pieces: int) -> lines.Wanted:
+    options = tuple((choice.name, choice.option) for choice in one.customizations)
+    return lines.Wanted(one.menu_item_id, pieces, options, one.special_instructions)
+
+
+def _put(order: Order, act: Act, wanted: Sequence[lines.Wanted], label: str) -> Order:
+    plan = lines.plan_items(order, wanted)
+    more = [
+        line(f"{label} {place}", 700, pieces, menu_item_id=wanted[place].menu_item_id) for place, pieces in plan.more
+    ]
+    return lines.put_items(order, act, plan, more)
+
+
+def _history(seed: bytes, trunk_steps: int, branch_steps: int, clashes: int, branches: int) -> History:
+    dice, steps = Dice(seed), list[Step]()
+    trunk = dice.order()
+    for version in range(2, 2 + trunk_steps):
+        trunk = dice.step(trunk, f"trunk {version}", version, steps)
+    names = [dice.one_of(_CLASHES) for _ in range(clashes)]
     ends = []
-    clashes = draw(st.lists(st.sampled_from(_CLASHES), max_size=2))
     for number in range(branches):
-        label = f"branch {number} "
-        end = _walk(draw, trunk, label, range(7, 7 + draw(st.integers(0, 3))), steps)
-        for version, name in enumerate(clashes, start=11):
-            end = _step(draw, end, f"{label}{version}", version, steps, name)
+        end, first = trunk, 2 + trunk_steps
+        for version in range(first, first + dice.number(0, branch_steps)):
+            end = dice.step(end, f"branch {number} {version}", version, steps)
+        for version, name in enumerate(names, first + branch_steps):
+            end = dice.step(end, f"branch {number} {version}", version, steps, name)
         ends.append(end)
     return History(trunk, ends, steps)
+
+
+def histories(branches: int = 3) -> st.SearchStrategy[History]:
+    """Returns histories of an order that took `branches` ways at once. The versions of the ways overlap, and at the end
+    all of them do the same thing in other ways as one version, so that registers meet with one rev and with several."""
+    return st.builds(
+        _history, _SEEDS, st.integers(0, 10), st.integers(0, 6), st.integers(0, 2), branches=st.just(branches)
+    )
+
+
+_SEEDS = st.binary(min_size=8, max_size=8)
+
+
+def orders() -> st.SearchStrategy[Order]:
+    return _SEEDS.map(lambda seed: Dice(seed).order())
+
+
+def new_lines(label: str) -> st.SearchStrategy[NewLine]:
+    """Returns lines, often other ones with one id."""
+    return st.builds(lambda seed, number: Dice(seed).line(f"{label} {number}"), _SEEDS, st.integers(0, 2))
 
 
 @st.composite

@@ -41,6 +41,9 @@ from tests.rigs.order_law import (
 amounts = st.integers(0, 10**11)
 
 
+many = settings(max_examples=300)
+
+
 def ids(order: Order) -> set[str]:
     voids = {one.id for each in order.items for one in each.voids}
     return {one.id for one in order.items} | {one.id for one in order.payments} | voids
@@ -79,6 +82,7 @@ def test_of_equal_weights_the_earlier_has_the_unit_that_is_left(amount: int, num
 # -- prices ------------------------------------------------------------------------------------------------------
 
 
+@many
 @given(histories(1))
 def test_the_amounts_of_the_lines_are_those_of_the_order(history: History) -> None:
     for state in (history.trunk, *history.branches):
@@ -99,6 +103,7 @@ def test_the_amounts_of_the_lines_are_those_of_the_order(history: History) -> No
         assert all(one.net >= 0 for one in order.items)
 
 
+@many
 @given(histories(1))
 def test_a_tax_that_another_system_told_is_spread_without_loss(history: History) -> None:
     for order in (history.trunk, *history.branches):
@@ -106,6 +111,7 @@ def test_a_tax_that_another_system_told_is_spread_without_loss(history: History)
         assert sum(one.tax for one in order.taxes) == order.tax_amount
 
 
+@many
 @given(histories(1))
 def test_a_tax_is_rounded_once_for_each_rate_or_once_for_each_line(history: History) -> None:
     for state in (history.trunk, *history.branches):
@@ -125,12 +131,14 @@ def test_a_tax_is_rounded_once_for_each_rate_or_once_for_each_line(history: Hist
                 assert line_.tax_amount == half_up(line_.net * rate, 1_000_000)
 
 
+@many
 @given(histories(1), st.data())
 def test_no_order_of_facts_changes_anything(history: History, data: st.DataObject) -> None:
     (order,) = history.branches
     assert derive(data.draw(shuffled(order))) == order
 
 
+@many
 @given(histories(2))
 def test_deriving_twice_changes_nothing_and_a_state_survives_its_encoding(history: History) -> None:
     for order in (history.trunk, merge(*history.branches)):
@@ -140,6 +148,7 @@ def test_deriving_twice_changes_nothing_and_a_state_survives_its_encoding(histor
         assert encode(decoded) == encode(order)
 
 
+@many
 @given(histories(1))
 def test_a_command_keeps_the_fields_of_a_newer_release(history: History) -> None:
     for step in history.steps:
@@ -149,6 +158,7 @@ def test_a_command_keeps_the_fields_of_a_newer_release(history: History) -> None
         assert kept == msgspec.json.decode(encode(step.after))
 
 
+@many
 @given(histories(2))
 def test_the_balance_is_what_is_due_less_what_was_paid(history: History) -> None:
     for order in (*history.branches, merge(*history.branches)):
@@ -158,6 +168,7 @@ def test_the_balance_is_what_is_due_less_what_was_paid(history: History) -> None
         assert (order.payment_status is PaymentStatus.REFUND_DUE) == (bool(order.payments) and order.balance < 0)
 
 
+@many
 @given(histories(1))
 def test_commands_never_take_more_than_is_owed_and_give_back_no_more_than_was_paid(history: History) -> None:
     for step in history.steps:
@@ -170,6 +181,7 @@ def test_commands_never_take_more_than_is_owed_and_give_back_no_more_than_was_pa
 # -- splits ------------------------------------------------------------------------------------------------------
 
 
+@many
 @given(histories(1), st.integers(1, 7), st.data())
 def test_every_split_sums_to_the_balance(history: History, number: int, data: st.DataObject) -> None:
     (order,) = history.branches
@@ -187,7 +199,7 @@ def test_every_split_sums_to_the_balance(history: History, number: int, data: st
 # -- merges ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200)
+@many
 @given(histories(3))
 def test_a_merge_is_commutative_associative_and_idempotent(history: History) -> None:
     a, b, c = history.branches
@@ -198,6 +210,7 @@ def test_a_merge_is_commutative_associative_and_idempotent(history: History) -> 
     assert encode(merge(ab, b)) == encode(ab)
 
 
+@many
 @given(histories(2))
 def test_merging_an_order_with_what_a_command_made_of_it_gives_the_latter(history: History) -> None:
     for step in history.steps:
@@ -205,6 +218,7 @@ def test_merging_an_order_with_what_a_command_made_of_it_gives_the_latter(histor
         assert encode(merge(step.after, step.before)) == encode(step.after), step.name
 
 
+@many
 @given(histories(3))
 def test_no_line_payment_or_void_ever_vanishes(history: History) -> None:
     for step in history.steps:
@@ -237,6 +251,7 @@ def test_states_that_no_history_explains_merge_as_well(order: Order, data: st.Da
     )
 
 
+@many
 @given(histories(2))
 def test_the_kitchen_moves_back_only_by_a_recall(history: History) -> None:
     for step in history.steps:
@@ -266,6 +281,7 @@ def test_a_void_beats_an_edit(pieces: int, course: int, state: KitchenState) -> 
     assert item(merge(edited, part), "soup").quantity == 3 - pieces
 
 
+@many
 @given(histories(2))
 def test_nothing_personal_is_left_after_an_erasure(history: History) -> None:
     a, b = history.branches
@@ -277,6 +293,7 @@ def test_nothing_personal_is_left_after_an_erasure(history: History) -> None:
         assert order.total == merge(a, b).total
 
 
+@many
 @given(histories(2))
 def test_firing_what_is_due_after_a_merge_is_done_once(history: History) -> None:
     merged = fire_due(merge(*history.branches), act(50))
@@ -287,6 +304,7 @@ def test_firing_what_is_due_after_a_merge_is_done_once(history: History) -> None
 # -- what the commands keep --------------------------------------------------------------------------------------
 
 
+@many
 @given(histories(1))
 def test_a_command_changes_no_line_of_another_and_no_price(history: History) -> None:
     for step in history.steps:
@@ -296,6 +314,7 @@ def test_a_command_changes_no_line_of_another_and_no_price(history: History) -> 
             assert (same.unit_price, same.ordered, same.seq) == (one.unit_price, one.ordered, one.seq)
 
 
+@many
 @given(histories(1), st.integers(1, 10**6))
 def test_a_discount_that_lines_no_longer_bear_is_cut_to_them(history: History, discount: int) -> None:
     (order,) = history.branches
@@ -303,6 +322,7 @@ def test_a_discount_that_lines_no_longer_bear_is_cut_to_them(history: History, d
     assert 0 <= cut.discount_amount <= cut.subtotal
 
 
+@many
 @given(histories(1))
 def test_stock_is_held_for_all_pieces_that_are_active_or_made(history: History) -> None:
     for order in (history.trunk, *history.branches):
