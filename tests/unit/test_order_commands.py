@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from msgspec import structs
 
+from shared.entities.contract import encode
 from shared.entities.menu_item import Consumption
 from shared.entities.order import lifecycle
 from shared.entities.order.acts import RULES, Act, Action, Role
@@ -692,6 +693,7 @@ def test_closed_orders_say_how_and_by_whom() -> None:
     assert order.closed is not None
     assert (order.closed.as_, order.closed.by, order.closed.reason) == (ClosedAs.CANCELLED, "anna", "gone")
     assert lifecycle.allowed_next(order.status) == ()
+    assert b'"as":"cancelled"' in encode(order)
 
 
 def test_a_void_of_a_terminal_is_clamped_not_refused() -> None:
