@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -64,7 +64,11 @@ def _decoded(body: bytes, type_: type[T]) -> T:
             raise
         try:
             # msgspec refuses 1.0 as an integer. So such numbers are written as integers, and all checks run again.
-            integers = msgspec.json.encode(json.loads(body, parse_float=_integer_if_whole))
+            integers = msgspec.json.encode(
+                json.loads(body, parse_float=_integer_if_whole, parse_constant=_refuse_constant)
+            )
+        except msgspec.DecodeError:
+            raise
         except (ValueError, ArithmeticError, RecursionError):
             raise error from None
     return msgspec.json.decode(integers, type=type_)
@@ -76,6 +80,11 @@ def _integer_if_whole(text: str) -> int | float:
     if number.adjusted() > _MAX_INTEGER_DIGITS or number != number.to_integral_value():
         return float(text)
     return int(number)
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    """Refuses NaN and Infinity, which are not JSON. Python reads them, and msgspec would write them as null."""
+    raise msgspec.DecodeError(f"{text} is not a number of JSON")
 
 
 def _unstorable_text(body: bytes) -> str | None:

@@ -204,3 +204,13 @@ def test_text_that_cannot_be_stored_is_refused_beside_a_whole_number() -> None:
     with pytest.raises(InvalidInput) as refused:
         read_body(b'{"amount": 1.0, "method": "\\ud800"}', RecordPayment)
     assert refused.value.details["field"] in ("method", "amount")
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_a_constant_that_is_not_json_is_refused_also_beside_a_whole_number_with_a_point(constant: str) -> None:
+    """Such a number is decoded a second time, by a decoder that takes these constants and makes them null."""
+    body = f'{{"external_id": "x", "tip_amount": 1.0, "total": {constant}, "items": []}}'
+    with pytest.raises(InvalidInput) as refused:
+        read_body(body.encode(), ExternalOrder)
+    assert (refused.value.details["field"], refused.value.error_code) == ("body", "malformed_json")
+    assert constant in refused.value.message
