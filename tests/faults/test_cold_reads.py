@@ -7,7 +7,9 @@ from tests.rigs.restaurant import expect, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
-async def test_read_of_what_postgres_lacks_is_503_until_the_mirror_is_warm(system: System) -> None:
+async def test_read_of_what_postgres_lacks_is_503_and_a_list_is_incomplete_until_the_mirror_is_warm(
+    system: System,
+) -> None:
     restaurant = await register_restaurant(system)
     dish = await restaurant.dish()
     cold, (closed,) = system.servers.extra_redis(), find_free(1)
