@@ -129,10 +129,18 @@ async def test_restore_refuses_a_database_with_tables_and_a_broken_backup_leaves
     path.write_bytes(b"PGDMP and nothing else")
     with pytest.raises(Conflict, match="not empty"):
         await restore_backup(rig.settings, path)
+    database = rig.settings.database_url.rpartition("/")[2]
+    made = tmp_path / "cut.dump"
+    await make_backup(rig.settings.model_copy(update={"database_backup_url": superuser_url(servers, database)}), made)
+    whole = made.read_bytes()
+    made.write_bytes(whole[:-100])  # the tables can be made, and then data is missing
     restored = in_database(rig.settings, servers, empty)
-    with pytest.raises(BackupFailed, match="pg_restore failed"):
-        await restore_backup(restored, path)
-    assert await rows(superuser_url(servers, empty)) == {}
+    for broken in (path, made):
+        with pytest.raises(BackupFailed, match="pg_restore failed"):
+            await restore_backup(restored, broken)
+        assert await rows(superuser_url(servers, empty)) == {}
+    made.write_bytes(whole)
+    assert await restore_backup(restored, made) == []
 
 
 async def test_backup_by_a_role_that_cannot_see_every_restaurant_is_refused_and_leaves_no_file(

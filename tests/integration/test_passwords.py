@@ -22,7 +22,7 @@ from tests.rigs.sign_in import (
 )
 from tests.rigs.system import System
 
-NEW = "another one that is good"
+NEW = "an other \ufb01ne one"  # the ligature "fi" has another form in NFKC
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from services.sync.cli.main import main
-from tests.rigs.sign_in import PASSWORD, client, expect, new_email, registration, sign_in
+from tests.rigs.sign_in import PASSWORD, client, expect, new_email, register, registration, sign_in
 from tests.rigs.system import System
 
 
@@ -45,6 +45,16 @@ async def test_invitation_registers_one_restaurant(system: System, by_invitation
         assert await attempt(409, invitation_code=code, slug="demo-bistro") == "slug_taken"
         await attempt(201, invitation_code=code)
         assert await attempt(403, invitation_code=code) == "invitation_invalid"
+
+
+async def test_code_that_resets_a_password_is_no_invitation(system: System, by_invitation: str) -> None:
+    owner = await register(system, system.urls["orders"])
+    async with owner.client() as admin, client(by_invitation) as anybody:
+        code = expect(await admin.post(f"/api/users/{owner.admin_id}/password-reset"), 201)["code"]
+        reply = await anybody.post("/api/auth/register-restaurant", json=registration(invitation_code=code))
+        assert expect(reply, 403)["code"] == "invitation_invalid"
+        body = {"email": owner.email, "code": code, "new_password": "another one that is good"}
+        expect(await anybody.post("/api/auth/password-reset", json=body))
 
 
 async def test_expired_invitation_is_refused(system: System, by_invitation: str) -> None:
