@@ -8,8 +8,10 @@ from uuid import uuid4
 
 import jwt
 import pytest
+from click.testing import CliRunner
 from msgspec import Struct
 
+from services.sync.cli.main import main
 from services.sync.cli.user_accounts import set_password
 from shared.postgres.pool import Postgres
 from shared.security.revoked import RevocationPoller, RevokedTokens
@@ -126,6 +128,45 @@ async def test_a_new_sign_in_after_a_new_password_is_valid_everywhere(
     session = expect(await sign_in(restaurant.url, before.user["email"], "another one that is good"))
     for service in REQUESTS:
         assert await status(system, service, session["access_token"]) == 200
+
+
+async def test_operator_who_is_deactivated_by_command_is_refused_until_activated_again(
+    system: System, restaurant: RegisteredRestaurant
+) -> None:
+    """No admin can shut an operator out."""
+    email = f"op-{uuid4().hex[:8]}@ops.example"
+
+    async def user(*arguments: str) -> str:
+        ended = await asyncio.to_thread(
+            CliRunner().invoke, main, ["user", *arguments], input="a passphrase of Nadia\n", env=system.env
+        )
+        assert ended.exit_code == 0, ended.output
+        return ended.output.strip()
+
+    async def signed_in_again() -> dict[str, Any]:
+        return dict(expect(await sign_in(restaurant.url, email, "a passphrase of Nadia")))
+
+    id_ = await user("add", email)
+    session = await signed_in_again()
+    assert await status(system, "sync", session["access_token"]) == 200
+    await user("deactivate", email.upper())
+    await eventually(
+        lambda: status(system, "sync", session["access_token"]),
+        until=lambda found: found == 401,
+        what="the sync API refuses a deactivated operator",
+    )
+    expect(await sign_in(restaurant.url, email, "a passphrase of Nadia"), 401)
+    expect(await refresh(restaurant.url, session["refresh_token"]), 401)
+    await user("activate", email)
+    assert await status(system, "sync", (await signed_in_again())["access_token"]) == 200
+    assert await status(system, "sync", session["access_token"]) == 401
+    async with system.database("ticketrail_owner") as connection:
+        noted = await connection.fetch("select action from identity_events where entity_id = $1 order by at", id_)
+    assert [row["action"] for row in noted if row["action"] not in ("signed_in", "sign_in_failed")] == [
+        "created",
+        "shut_out",
+        "changed",
+    ]
 
 
 async def test_a_service_that_starts_later_refuses_what_ended_before(

@@ -1,4 +1,5 @@
-"""Adds users from the command line: operators, because no route can add them, and the first admin of a restaurant.
+"""Adds and changes users from the command line: operators, whom no route can reach, and the first admin of a
+restaurant.
 
 Users are plain rows without events.
 """
@@ -26,6 +27,9 @@ _INSERT = (
 )
 _CHANGE = (
     "update users set password_hash = $2, updated_at = now() where email = $1 and deleted_at is null returning id::text"
+)
+_SET_ACTIVE = (
+    "update users set is_active = $2, updated_at = now() where email = $1 and deleted_at is null returning id::text"
 )
 _BETWEEN = "select id::text, email from users where id between $1 and $2 order by id limit $3"
 _SIGN_OUT = "select end_sessions_of($1)"
@@ -77,6 +81,16 @@ async def set_password(connection: Connection, email: str, password: str) -> Non
         if id_ is None:
             raise NotFound("no such user", field="email")
         await connection.execute(_SIGN_OUT, id_)
+
+
+async def set_active(connection: Connection, email: str, *, active: bool) -> None:
+    """Deactivates a user and ends all its sessions, or activates it again. Raises NotFound."""
+    async with connection.transaction():
+        id_ = await connection.fetchval(_SET_ACTIVE, plain_email(email), active)
+        if id_ is None:
+            raise NotFound("no such user", field="email")
+        if not active:
+            await connection.execute(_SIGN_OUT, id_)
 
 
 async def token_epoch(connection: Connection, user: str) -> int:

@@ -1,11 +1,12 @@
-"""`ticketrail user`: adds users of every role and sets passwords. No admin can add operators through the API."""
+"""`ticketrail user`: adds users of every role, sets passwords, and deactivates users. No admin can add operators
+through the API, or shut them out."""
 
 import sys
 
 import click
 from msgspec import Struct
 
-from services.sync.cli.user_accounts import add_user, set_password
+from services.sync.cli.user_accounts import add_user, set_active, set_password
 from services.sync.command_session import connected, run
 from services.sync.id_argument import RESTAURANT
 from shared.http.bodies import read_fields
@@ -20,8 +21,8 @@ class _Named(Struct):
 
 @click.group("user")
 def user_command() -> None:
-    """Add users, above all operators, and set passwords. The command asks for the password in a terminal, and otherwise
-    reads it from standard input."""
+    """Add users, above all operators, set passwords, and deactivate users. A command that needs a password asks for it
+    in a terminal, and otherwise reads it from standard input."""
 
 
 @user_command.command("add")
@@ -60,6 +61,29 @@ def password_command(email: str) -> None:
             await set_password(connection, email, password)
 
     settings, password = Settings.load(), read_password()
+    run(change())
+
+
+@user_command.command("deactivate")
+@click.argument("email")
+def deactivate_command(email: str) -> None:
+    """Deactivate a user: within seconds every service refuses all its tokens, and its event streams end."""
+    _set_active(email, active=False)
+
+
+@user_command.command("activate")
+@click.argument("email")
+def activate_command(email: str) -> None:
+    """Activate a user that was deactivated."""
+    _set_active(email, active=True)
+
+
+def _set_active(email: str, *, active: bool) -> None:
+    async def change() -> None:
+        async with connected(settings, settings.database_writer_url) as connection:
+            await set_active(connection, email, active=active)
+
+    settings = Settings.load()
     run(change())
 
 
