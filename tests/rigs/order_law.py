@@ -15,12 +15,12 @@ from msgspec import Struct, structs
 
 from shared.entities.menu_item import Consumption
 from shared.entities.order import kitchen, lifecycle, lines, payments, registers
-from shared.entities.order.acts import Act, Role
+from shared.entities.order.acts import Act, CallerRole
 from shared.entities.order.lines import NewLine, NewVoid
 from shared.entities.order.opening import NewOrder, place
 from shared.entities.order.payments import NewPayment, NewRefund
 from shared.entities.order.refusals import Refused
-from shared.entities.order.state import Discount, KitchenState, Line, Order, OrderStatus, Service
+from shared.entities.order.state import Discount, KitchenState, Line, Order, OrderStatus, ServiceRate
 from shared.entities.order.terms import OrderType, Rounding, ServiceCharge, Tax, TaxedDiscounts, TaxMode, Terms
 from shared.entities.order.writing import rank
 from tests.rigs.builders import CREATED_AT, RESTAURANT
@@ -34,7 +34,7 @@ def named(name: str) -> str:
     return str(uuid5(NAMESPACE_OID, name))
 
 
-def act(version: int = 2, *, minutes: int | None = None, role: Role = Role.STAFF, **fields: Any) -> Act:
+def act(version: int = 2, *, minutes: int | None = None, role: CallerRole = CallerRole.STAFF, **fields: Any) -> Act:
     """Returns an act of the staff, by default one minute later for each version."""
     at = CREATED_AT + timedelta(minutes=version - 1 if minutes is None else minutes)
     return Act(version=version, at=at, by="anna", role=role, **fields)
@@ -233,7 +233,7 @@ class Dice:
                 discount = self.maybe(self.discount())
                 return lambda order, act: registers.discount_order(order, act, discount)
             case "service":
-                service = self.one_of([None, Service(0, "waived"), Service(1_250, "party")])
+                service = self.one_of([None, ServiceRate(0, "waived"), ServiceRate(1_250, "party")])
                 return lambda order, act: registers.set_service(order, act, service)
             case "tell":
                 tax, total = self.maybe(self.number(0, 900)), self.maybe(self.number(0, 9_000))
@@ -260,7 +260,7 @@ class Dice:
     def step(self, order: Order, label: str, version: int, steps: list[Step], name: str | None = None) -> Order:
         name = name or self.one_of(_NAMES)
         try:
-            after = self.command(label, name, order)(order, act(version, role=Role.MANAGER))
+            after = self.command(label, name, order)(order, act(version, role=CallerRole.MANAGER))
         except Refused:
             return order
         steps.append(Step(name, order, after))

@@ -10,7 +10,7 @@ from msgspec import structs
 from shared.entities.contract import encode
 from shared.entities.menu_item import Consumption
 from shared.entities.order import lifecycle
-from shared.entities.order.acts import RULES, Act, Action, Role
+from shared.entities.order.acts import RULES, Act, Action, CallerRole
 from shared.entities.order.derive import derive
 from shared.entities.order.kitchen import accept, cook, fire_due
 from shared.entities.order.lifecycle import cancel, complete, delete, erase, reopen, restore, set_status
@@ -41,13 +41,13 @@ from shared.entities.order.state import (
     Order,
     OrderStatus,
     PaymentStatus,
-    Service,
+    ServiceRate,
     Void,
 )
 from shared.entities.order.terms import OrderType, ServiceCharge, Tax, TaxMode, Terms
 from tests.rigs.order_law import FLOUR, accepted, act, item, later, line, named, paid, placed, rates, refunded
 
-MANAGER, STAFF, GUEST, KITCHEN = Role.MANAGER, Role.STAFF, Role.GUEST, Role.KITCHEN
+MANAGER, STAFF, GUEST, KITCHEN = CallerRole.MANAGER, CallerRole.STAFF, CallerRole.GUEST, CallerRole.KITCHEN
 SOUP, FISH = line("soup", 300, 2), line("fish", 900)
 
 
@@ -84,7 +84,7 @@ COMMANDS: dict[str, Callable[[Order, Act], Order]] = {
     "void": lambda order, by: voiding(order, act_=by),
     "comp": lambda order, by: comp(order, by, named("soup"), "apology"),
     "discount": discounting,
-    "service": lambda order, by: set_service(order, by, Service(0, "waived")),
+    "service": lambda order, by: set_service(order, by, ServiceRate(0, "waived")),
     "accept": accept,
     "cook": lambda order, by: cook(order, by, KitchenState.STARTED),
     "notes": lambda order, by: edit_order(order, by, notes="window"),
@@ -186,7 +186,7 @@ def test_what_costs_the_restaurant_money_needs_a_reason(reason: str | None) -> N
         lambda: voiding(order, reason=reason, act_=manager),
         lambda: discount_line(order, manager, named("soup"), Discount(bp=1, reason=reason)),
         lambda: discount_order(order, manager, Discount(bp=1, reason=reason)),
-        lambda: set_service(order, manager, Service(0, reason)),
+        lambda: set_service(order, manager, ServiceRate(0, reason)),
         lambda: refund(order, manager, NewRefund(id=named("back"), amount=1, method="card", reason=reason)),
     ):
         refused = refusal(call)
@@ -664,7 +664,7 @@ def test_a_service_charge_depends_on_type_and_guests_and_can_be_waived() -> None
     assert placed(SOUP, terms=terms, guests=6, type=OrderType.TAKEAWAY).service_amount == 0
     order = placed(SOUP, terms=terms, guests=6)
     assert order.service_amount == 60
-    waived = set_service(order, act(2), Service(0, "slow"))
+    waived = set_service(order, act(2), ServiceRate(0, "slow"))
     assert (waived.service_amount, waived.total) == (0, 600)
     assert set_service(waived, act(3), None).service_amount == 60
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from deploy.local.port_check import find_free
 from services.sync.cli.trace_search import DeadChange, FoundTraces, TracedChange, find_traces
-from services.sync.cli.waterfall import Line, as_json, lines_of, render
+from services.sync.cli.waterfall import WaterfallLine, as_json, lines_of, render
 from shared.observability.trace_files import SpanRow
 from shared.settings import Settings
 
@@ -52,7 +52,7 @@ def shown(*changes: TracedChange, spans: list[SpanRow], missing: list[str] | Non
     return screen.file.getvalue()
 
 
-def outline(lines: list[Line]) -> list[tuple[int, str]]:
+def outline(lines: list[WaterfallLine]) -> list[tuple[int, str]]:
     return [(line.depth, line.name) for line in lines]
 
 

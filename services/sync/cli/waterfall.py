@@ -33,7 +33,7 @@ _MIN_NOTE_CHARS = 12
 _CONSUMED = ("write ", "mirror ", "push ")
 
 
-class Line(Struct):
+class WaterfallLine(Struct):
     depth: int
     name: str
     where: str
@@ -44,20 +44,22 @@ class Line(Struct):
     waits: bool = False
 
 
-def lines_of(spans: Sequence[SpanRow], trace_id: str) -> list[Line]:
+def lines_of(spans: Sequence[SpanRow], trace_id: str) -> list[WaterfallLine]:
     """Returns the spans of one trace as the lines of a tree, earliest first, with the waits between them."""
     mine = {span.span_id: span for span in spans if span.trace_id == trace_id}
     children: dict[str | None, list[SpanRow]] = {}
     for span in mine.values():
         # If the parent was not kept, its children are at the top level.
         children.setdefault(span.parent_id if span.parent_id in mine else None, []).append(span)
-    lines: list[Line] = []
+    lines: list[WaterfallLine] = []
 
     def add(span: SpanRow, depth: int, after: SpanRow | None) -> None:
         if after is not None and span.name.startswith(_CONSUMED) and span.start_ns - after.end_ns > _MIN_WAIT_NS:
             queue = str(span.attributes.get("messaging.destination.name", "")).removeprefix("sync.postgres.")
-            lines.append(Line(depth, "· waits", queue, after.end_ns, span.start_ns, waits=True))
-        lines.append(Line(depth, span.name, _service(span), span.start_ns, span.end_ns, _note(span), span.error))
+            lines.append(WaterfallLine(depth, "· waits", queue, after.end_ns, span.start_ns, waits=True))
+        lines.append(
+            WaterfallLine(depth, span.name, _service(span), span.start_ns, span.end_ns, _note(span), span.error)
+        )
         for child in sorted(children.get(span.span_id, ()), key=lambda span: span.start_ns):
             add(child, depth + 1, span)
 
@@ -178,7 +180,7 @@ def _unsampled(change: TracedChange) -> str:
     return "no spans: not sampled (TICKETRAIL_TRACE_SAMPLE) and neither failed nor slow, or already removed"
 
 
-def _table(lines: Sequence[Line], width: int) -> Table:
+def _table(lines: Sequence[WaterfallLine], width: int) -> Table:
     """Draws the lines in `width` columns. Names and times are never cut: first the bar gives way, then the notes."""
     began = min(line.start_ns for line in lines)
     whole = max(max(line.end_ns for line in lines) - began, 1)

@@ -17,16 +17,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from shared.entities.contract import Amount, Id, Label, Lane, Money, Text, Time, encode
 from shared.entities.entity import Children, Column, Entity, Facts, Hold, Keyed, Numbering, OnConflict, Table, columns
-
-
-class OrderStatus(StrEnum):
-    PENDING = "pending"
-    RECEIVED = "received"
-    PREPARING = "preparing"
-    READY = "ready"
-    COMPLETED = "completed"
-    CANCELLED = "cancelled"
-
+from shared.entities.order.state import Customization as Customization
+from shared.entities.order.state import OrderStatus as OrderStatus
 
 _NEXT = {
     OrderStatus.PENDING: (OrderStatus.RECEIVED, OrderStatus.CANCELLED),
@@ -57,15 +49,6 @@ class PaymentStatus(StrEnum):
 
 
 Quantity = Annotated[int, Meta(ge=1, le=1_000)]
-
-
-class Customization(Struct, frozen=True):
-    """An option that the guest chose. `name` is the name of the customization group. The item's unit price includes
-    `price`."""
-
-    name: Label
-    option: Label
-    price: Money = 0
 
 
 class OrderItem(Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from shared.entities.order.refusals import absent, conflict, forbidden, invalid
 from shared.entities.order.state import ClosedAs, Order
 
 
-class Role(StrEnum):
+class CallerRole(StrEnum):
     GUEST = "guest"
     """With an order of its own; the caller checks that it is."""
     KITCHEN = "kitchen"
@@ -28,7 +28,7 @@ class Act(Struct, frozen=True, kw_only=True):
     version: Version
     at: Time
     by: Label | None = None
-    role: Role = Role.STAFF
+    role: CallerRole = CallerRole.STAFF
     manager_approval: bool = False
     """The restaurant's setting: whether staff may not do what the table keeps for managers."""
 
@@ -55,7 +55,7 @@ class Action(StrEnum):
     RESTORE = "restore"
 
 
-_GUEST, _KITCHEN, _STAFF = Role.GUEST, Role.KITCHEN, Role.STAFF
+_GUEST, _KITCHEN, _STAFF = CallerRole.GUEST, CallerRole.KITCHEN, CallerRole.STAFF
 _OPEN = frozenset({None})
 _COMPLETED = frozenset({ClosedAs.COMPLETED})
 _ALWAYS = frozenset({None, *ClosedAs})
@@ -66,13 +66,13 @@ class Rule(Struct, frozen=True):
     `guest_while_pending`: a guest may do it until the order is accepted."""
 
     when: frozenset[ClosedAs | None]
-    roles: frozenset[Role]
+    roles: frozenset[CallerRole]
     approval: bool = False
     reason: bool = False
     guest_while_pending: bool = False
 
 
-def _rule(when: frozenset[ClosedAs | None], *roles: Role, pending: bool = False) -> Rule:
+def _rule(when: frozenset[ClosedAs | None], *roles: CallerRole, pending: bool = False) -> Rule:
     return Rule(when, frozenset(roles), guest_while_pending=pending)
 
 
@@ -116,8 +116,8 @@ def permit(order: Order, act: Act, action: Action, *, reason: str | None = None)
         if closed is None:
             raise conflict("order_open", f"an order that is open cannot be changed by {action}", status=order.status)
         raise conflict("order_closed", f"the order is {closed}", status=closed)
-    if act.role is not Role.MANAGER:
-        pending_guest = rule.guest_while_pending and act.role is Role.GUEST and order.accepted is None
+    if act.role is not CallerRole.MANAGER:
+        pending_guest = rule.guest_while_pending and act.role is CallerRole.GUEST and order.accepted is None
         if act.role not in rule.roles and not pending_guest:
             raise forbidden("forbidden", f"a caller who is {act.role} may not do this")
         if rule.approval and act.manager_approval:

@@ -5,7 +5,7 @@ from typing import Any
 from shared.entities.order.acts import Act, Action, permit
 from shared.entities.order.pricing import basis
 from shared.entities.order.refusals import conflict, invalid
-from shared.entities.order.state import CONTACT, Discount, Order, Service, Told
+from shared.entities.order.state import CONTACT, Discount, Order, ServiceRate, Told
 from shared.entities.order.writing import check_discount, written
 
 EDITABLE = frozenset(
@@ -38,7 +38,7 @@ def discount_order(order: Order, act: Act, discount: Discount | None) -> Order:
     return written(order, act, discount=discount)
 
 
-def set_service(order: Order, act: Act, service: Service | None) -> Order:
+def set_service(order: Order, act: Act, service: ServiceRate | None) -> Order:
     """Replaces the service charge of the terms: 0 basis points waive it, None brings it back. Raises Refused."""
     permit(order, act, Action.SERVICE, reason="removed" if service is None else service.reason)
     return written(order, act, service=service)

@@ -95,7 +95,7 @@ class Discount(Struct, frozen=True, omit_defaults=True):
     """Whether a line is on the house. A comp is a discount of 10,000 basis points."""
 
 
-class Service(Struct, frozen=True):
+class ServiceRate(Struct, frozen=True):
     """A service charge that replaces the one of the terms; 0 waives it."""
 
     bp: BasisPoints
@@ -194,7 +194,7 @@ class Kitchen(Struct, frozen=True, omit_defaults=True):
 
 
 class Customization(Struct, frozen=True):
-    """An option that the guest chose. `name` is the name of the customization group. The line's unit price includes
+    """An option that the guest chose. `name` is the name of the customization group. The item's unit price includes
     `price`."""
 
     name: Label
@@ -300,7 +300,7 @@ class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
     tip: Money = 0
     deposit_used: Money = always(0)
     discount: Discount | None = None
-    service: Service | None = None
+    service: ServiceRate | None = None
     """None means by the terms."""
     told: Told | None = None
     accepted: Mark | None = None
