@@ -5,13 +5,16 @@ While PostgreSQL is unavailable, keys that this process has verified stay valid 
 be accepted then; a key that this process does not know gets 503.
 
 Wrong keys are counted by (address, key prefix) and by address. A caller that has used up its tries gets 429 before
-anything is looked up. A key that this process has verified is never refused for the failures of others.
+anything is looked up. A key that this process has verified, or that was used from the same address before, is never
+refused for the failures of others: a guest in the network of a restaurant must not stop its tills. Without a mirror a
+process knows only its own keys.
 """
 
 import asyncio
 import hmac
 import math
 import time
+from contextlib import suppress
 from datetime import datetime
 
 import structlog
@@ -19,6 +22,7 @@ from msgspec import Struct
 
 from shared.errors import TooManyRequests, Unauthenticated, Unavailable
 from shared.http.limits import Rate, TokenBucket, counted_as
+from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import UNAVAILABLE, Postgres
 from shared.security.api_keys import digest_of, prefix_of
@@ -31,6 +35,7 @@ _RECHECK_SECONDS = 3.0
 _GRANT_SECONDS = 24 * 3600.0  # an event stream of a key ends after this time, and its client opens another one
 _RECHECK_TIMEOUT_SECONDS = 1.0
 _MAX_KNOWN = 10_000
+_FAMILIAR_SECONDS = 30 * 24 * 3600
 _FIND = "select * from find_api_key($1)"
 _NOTE_USE = "select note_api_key_use($1)"
 
@@ -51,6 +56,7 @@ class ApiKeys:
         """`postgres`: a pool of the api role. `mirror`: counts failures for all instances; without it, each counts
         alone."""
         self._postgres = postgres
+        self._mirror = mirror
         self._known: dict[bytes, _Known] = {}
         """Digest of a key -> what it grants. A dump of the memory shows no key."""
         of_prefix, of_address = settings.api_key_failures_per_prefix_and_address, settings.api_key_failures_per_address
@@ -71,11 +77,13 @@ class ApiKeys:
             known.checked_at = time.monotonic()  # other requests with this key do not look it up as well
             return await self._recheck(key, digest, known, field)
         prefix, origin = prefix_of(key), counted_as(address)
-        taken = [(self._by_prefix, f"{origin}:{prefix or ''}"), (self._by_address, origin)]
-        for number, (bucket, caller) in enumerate(taken):
+        pair, taken = f"{origin}:{prefix or ''}", list[tuple[TokenBucket, str]]()
+        for bucket, caller in ((self._by_prefix, pair), (self._by_address, origin)):
             wait, _ = await bucket.take(caller)
-            if wait:
-                await _give_back(taken[:number])
+            if not wait:
+                taken.append((bucket, caller))
+            elif bucket is self._by_prefix or not await self._is_familiar(pair):
+                await _give_back(taken)
                 raise TooManyRequests("too many wrong API keys; try again later", retry_after=math.ceil(wait))
         try:
             grant = await self._look_up(prefix, digest) if prefix else None
@@ -86,7 +94,21 @@ class ApiKeys:
             log.warning("api_key_refused", prefix=prefix, address=address)
             raise _refused(field)
         await _give_back(taken)
+        await self._make_familiar(pair)
         return grant
+
+    async def _is_familiar(self, pair: str) -> bool:
+        if self._mirror is None:
+            return False
+        try:
+            return await self._mirror.is_familiar(f"api-key:{pair}")
+        except (MirrorUnavailable, MirrorInDoubt):
+            return False
+
+    async def _make_familiar(self, pair: str) -> None:
+        if self._mirror is not None:
+            with suppress(MirrorUnavailable, MirrorInDoubt):  # the next instance that verifies the key notes it
+                await self._mirror.make_familiar(f"api-key:{pair}", _FAMILIAR_SECONDS)
 
     async def _recheck(self, key: str, digest: bytes, known: _Known, field: str) -> Grant:
         try:

@@ -19,7 +19,7 @@
     ticketrail:conflicts             set    <restaurant>|<entity>|<id> with an open conflict in PostgreSQL
     ticketrail:restaurants           set    restaurant ids
     ticketrail:bucket:<caller>       hash   t tokens, at (ms): a token bucket of the rate limits
-    ticketrail:familiar:<caller>     text   1: this account has signed in from this address; expires
+    ticketrail:familiar:<caller>     text   1: this account or API key was used from this address; expires
 
 Some scripts use keys of both kinds, so the mirror must be one primary with replicas, not a Redis cluster.
 """

@@ -16,6 +16,11 @@ from tests.rigs.restaurant import RestaurantRig, expect, made, refused, register
 from tests.rigs.system import System, eventually
 
 FAILURES_PER_PREFIX, FAILURES_PER_ADDRESS = 10, 60  # the defaults
+LIMITS: dict[str, Any] = {
+    "failure_window_seconds": 86_400,
+    "api_key_failures_per_prefix_and_address": FAILURES_PER_PREFIX,
+    "api_key_failures_per_address": FAILURES_PER_ADDRESS,
+}
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +31,7 @@ async def restaurant(system: System) -> RestaurantRig:
 @pytest.fixture(scope="module")
 async def throttled(system: System) -> AsyncIterator[str]:
     """An orders instance with the limits of production, whose tries do not come back during a test."""
-    async with system.another_orders(
-        "throttled",
-        failure_window_seconds=86_400,
-        api_key_failures_per_prefix_and_address=FAILURES_PER_PREFIX,
-        api_key_failures_per_address=FAILURES_PER_ADDRESS,
-    ) as url:
+    async with system.another_orders("throttled", **LIMITS) as url:
         yield url
 
 
@@ -174,7 +174,9 @@ async def test_wrong_keys_get_one_answer_and_are_throttled_by_prefix_and_address
         expect(await client.get("/api/menu"))
 
 
-async def test_keys_with_invented_prefixes_are_throttled_by_address(restaurant: RestaurantRig, throttled: str) -> None:
+async def test_keys_with_invented_prefixes_are_throttled_by_address(
+    system: System, restaurant: RestaurantRig, throttled: str
+) -> None:
     attacker, statuses = next(addresses), []
     known = await make(restaurant, "menu:read")
     async with with_key(throttled, known["key"], address=attacker) as client:
@@ -183,9 +185,14 @@ async def test_keys_with_invented_prefixes_are_throttled_by_address(restaurant: 
         async with with_key(throttled, f"trk_{number:012x}_{'A' * 43}", address=attacker) as client:
             statuses.append((await client.get("/api/menu")).status_code)
     assert statuses == [401] * FAILURES_PER_ADDRESS + [429] * 2
-    # A key that the instance has verified is not refused for the failures of others at its address.
-    async with with_key(throttled, known["key"], address=attacker) as client:
-        expect(await client.get("/api/menu"))
+    # A key that was used at this address is not refused for the failures of others there, also by an instance that has
+    # just started. Another one is.
+    async with system.another_orders("throttled-too", **LIMITS) as restarted:
+        for url in (throttled, restarted):
+            async with with_key(url, known["key"], address=attacker) as client:
+                expect(await client.get("/api/menu"))
+        async with with_key(restarted, (await make(restaurant, "menu:read"))["key"], address=attacker) as client:
+            refused(await client.get("/api/menu"), 429, "rate_limited")
 
 
 @pytest.mark.parametrize(
