@@ -6,6 +6,7 @@ of its transaction.
 """
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from msgspec import Struct
 from shared.entities.contract import Head
 from shared.entities.entity import Entity, Hold, Keyed
 from shared.entities.selection import Selection
+from shared.postgres.blocks import in_blocks
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
@@ -81,18 +83,21 @@ async def states_of(
     return {row["id"]: _stored(row) for row in rows}
 
 
-async def find_states(connection: Connection, entity: Entity, ids: Sequence[tuple[str, str]]) -> list[StoredState]:
-    """Returns the current states of entities, given as (restaurant, id), over all tenants. Leaves out those that
-    PostgreSQL does not have."""
-    rows = await connection.fetch(
+async def find_states(
+    connection: Connection, entity: Entity, ids: Sequence[tuple[str, str]]
+) -> AsyncGenerator[list[StoredState], None]:
+    """Yields the current states of entities, given as (restaurant, id), over all tenants, in blocks of bounded size.
+    Leaves out those that PostgreSQL does not have."""
+    query = (
         f"select {_columns(entity)} from unnest($1::uuid[], $2::uuid[]) as wanted (restaurant_id, id)"  # noqa: S608
         f" cross join lateral (select * from {entity.table.name}"
         " where restaurant_id = wanted.restaurant_id and id = wanted.id offset 0) t"
-        f" {_LATERAL}",
-        [restaurant for restaurant, _ in ids],
-        [id_ for _, id_ in ids],
+        f" {_LATERAL}"
     )
-    return [_stored(row) for row in rows]
+    restaurants, wanted = [restaurant for restaurant, _ in ids], [id_ for _, id_ in ids]
+    async with aclosing(in_blocks(connection, query, restaurants, wanted, column="state")) as blocks:
+        async for rows in blocks:
+            yield [_stored(row) for row in rows]
 
 
 async def list_states(connection: Connection, entity: Entity, restaurant: str) -> list[StoredState]:
@@ -108,18 +113,15 @@ async def list_states(connection: Connection, entity: Entity, restaurant: str) -
 async def live_window(
     connection: Connection, entity: Entity, since: datetime
 ) -> AsyncGenerator[list[StoredState], None]:
-    """Yields the live window of an entity over all tenants, in blocks of up to 500 states.
+    """Yields the live window of an entity over all tenants, in blocks of bounded size.
 
     For orders, the window has the open ones and those that changed after `since`. For most other entities it has all
     states (see `Entity.window_sql`).
     """
     where = entity.window_sql or "$1::timestamptz is not null"
-    async with connection.transaction(readonly=True):
-        cursor = await connection.cursor(
-            f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)} where {where}",  # noqa: S608
-            since,
-        )
-        while rows := await cursor.fetch(500):
+    query = f"select {_columns(entity)} from {_FROM.format(table=entity.table.name)} where {where}"  # noqa: S608
+    async with aclosing(in_blocks(connection, query, since, column="state")) as blocks:
+        async for rows in blocks:
             yield [_stored(row) for row in rows]
 
 

@@ -5,6 +5,7 @@ Guarantee: `keep` stores all dead letters of a call or none, and storing a dead 
 """
 
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from operator import attrgetter
 from typing import Any
 
@@ -13,6 +14,7 @@ from msgspec import Struct
 
 from services.sync.failures import retry_store
 from shared.entities.contract import Time
+from shared.postgres.blocks import in_blocks
 from shared.postgres.pool import Connection
 
 _MAX_ATTEMPTS = 100
@@ -102,15 +104,13 @@ select change_id::text, body from dead_letters
 where status in ('open', 'replaying') and lane is not null and not mixed and change_id is not null
 order by version
 """
-_BODIES_PER_BLOCK = 50
 
 
 async def open_bodies(connection: Connection) -> AsyncGenerator[list[tuple[str, bytes]], None]:
-    """Yields (change id, body) of the open dead letters that PostgreSQL has refused, in blocks. The body may have other
-    changes too, and the change in it may be unreadable."""
-    async with connection.transaction(readonly=True):
-        cursor = await connection.cursor(_OPEN)
-        while rows := await cursor.fetch(_BODIES_PER_BLOCK):
+    """Yields (change id, body) of the open dead letters that PostgreSQL has refused, in blocks of bounded size. A body
+    may have other changes too, and the change in it may be unreadable."""
+    async with aclosing(in_blocks(connection, _OPEN, column="body")) as blocks:
+        async for rows in blocks:
             yield [(row["change_id"], row["body"]) for row in rows]
 
 

@@ -18,6 +18,7 @@ from shared.entities.contract import Change, ChangeData, Lane, encode, encode_ba
 from shared.messaging.log import LogReader
 from shared.messaging.publisher import InDoubt, NotSent, Publisher
 from shared.messaging.topology import LOG, REFERENCE_LOG, lane_queue
+from shared.postgres.blocks import in_blocks
 from shared.postgres.checkpoints import BEFORE_LOG
 from shared.postgres.pool import Connection
 from shared.settings import Settings
@@ -70,15 +71,17 @@ class Repairs:
     async def republish(self, connection: Connection, wanted: Iterable[tuple[str, str]]) -> int:
         """Publishes changes of PostgreSQL, given as (restaurant id, change id), to the logs. Returns their number."""
         keys = list(wanted)
-        rows = await connection.fetch(_RECORDED, [key[0] for key in keys], [key[1] for key in keys])
+        restaurants, changes = [key[0] for key in keys], [key[1] for key in keys]
         done = 0
-        for row in rows:
-            event = event_of(dict(row))
-            if row["lane"] != Lane.CRITICAL and not await self._publish(REFERENCE_LOG, event):
-                break
-            if not await self._publish(LOG, event):
-                break
-            done += 1
+        async with aclosing(in_blocks(connection, _RECORDED, restaurants, changes, column="data")) as blocks:
+            async for rows in blocks:
+                for row in rows:
+                    event = event_of(dict(row))
+                    if row["lane"] != Lane.CRITICAL and not await self._publish(REFERENCE_LOG, event):
+                        return done
+                    if not await self._publish(LOG, event):
+                        return done
+                    done += 1
         return done
 
     async def _publish(self, queue: str, event: bytes) -> bool:

@@ -1,6 +1,7 @@
 """What the mirror writer, the warm-up and the feed loop share: how a state of PostgreSQL gets into the mirror."""
 
 from collections.abc import Sequence
+from contextlib import aclosing
 
 import structlog
 from msgspec import structs
@@ -45,11 +46,13 @@ async def load_states(mirror: Mirror, connection: Connection, entities: Sequence
     """Writes the states of PostgreSQL to the mirror, and returns what it has written."""
     written = []
     for name, entity in registry.ENTITIES.items():
-        ids = [(one.restaurant_id, one.id) for one in entities if one.entity == name]
-        applied = readable_states(entity, await states.find_states(connection, entity, ids)) if ids else []
-        if applied:
-            await mirror.apply(applied)
-            written += [StoredHead(one.state.restaurant_id, name, one.state.id, one.head) for one in applied]
+        if not (ids := [(one.restaurant_id, one.id) for one in entities if one.entity == name]):
+            continue
+        async with aclosing(states.find_states(connection, entity, ids)) as blocks:
+            async for block in blocks:
+                applied = readable_states(entity, block)
+                await mirror.apply(applied)
+                written += [StoredHead(one.state.restaurant_id, name, one.state.id, one.head) for one in applied]
     return written
 
 
@@ -60,7 +63,8 @@ async def compared_with_postgres(connection: Connection, late: Sequence[Apply]) 
     for entity in {one.entity.name: one.entity for one in late}.values():
         of_kind = [one for one in late if one.entity.name == entity.name]
         ids = list({(one.state.restaurant_id, one.state.id) for one in of_kind})
-        in_postgres = readable_states(entity, await states.find_states(connection, entity, ids))
+        async with aclosing(states.find_states(connection, entity, ids)) as blocks:
+            in_postgres = [one async for block in blocks for one in readable_states(entity, block)]
         stored = {(one.state.restaurant_id, one.state.id): one for one in in_postgres}
         for one in of_kind:
             known = stored.get((one.state.restaurant_id, one.state.id))
