@@ -3,6 +3,7 @@ reader of the log, both changes are kept, every payment is kept, and one conflic
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from shared.mirror import keys
 from tests.rigs.builders import change, message, payment
 from tests.rigs.forks import fork, wait_stored
 from tests.rigs.http_client import http_client
-from tests.rigs.system import System, eventually, publisher_to
+from tests.rigs.system import ROOT, System, eventually, publisher_to
 
 ARRIVALS = ["the winner first", "the loser first", "both in one message"]
 
@@ -138,13 +139,15 @@ async def pushed(system: System, token: str, change_ids: set[str]) -> AsyncItera
 async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_payments_count(
     system: System, restaurant: RestaurantWithDish, arrival: str
 ) -> None:
+    """They count although one Idempotency-Key was sent with both ids. docs/losses.md says how to find the pair."""
+    key = str(uuid4())
     async with system.client(token=restaurant.token) as client:
         placed = await client.post("/api/orders", json={"items": [{"menu_item_id": restaurant.dish_id, "quantity": 4}]})
         id_ = placed.json()["data"]["id"]
         state, base = await wait_stored(system, orders.ENTITY, id_)
         made = []
         for notes in ("one side", "the other"):
-            after = structs.replace(state, notes=notes, payments=(payment(amount=700),))
+            after = structs.replace(state, notes=notes, payments=(payment(amount=700, request_key=key),))
             made.append(change(after, event="payment_recorded", before=state, entityversion=2, basechangeid=base))
         winner, loser = fork(*made)
 
@@ -173,6 +176,10 @@ async def test_one_of_two_forked_order_changes_wins_in_every_store_and_both_paym
     paid = {one.id for side in made for one in orders.ENTITY.decode(side).payments}
     assert {one["id"] for one in payments} == paid
     assert len(paid) == len(payments) == 2
+    (query,) = re.findall(r"^```sql\n(.*?)^```$", (ROOT / "docs/losses.md").read_text(), re.DOTALL | re.MULTILINE)
+    async with system.database() as connection:
+        pairs = {str(row["request_key"]): set(map(str, row["array_agg"])) for row in await connection.fetch(query)}
+    assert pairs[key] == paid
 
 
 @pytest.mark.parametrize("arrival", ARRIVALS)
