@@ -234,7 +234,7 @@ def e164(text: str, country: str | None) -> str:
     try:
         found = phonenumbers.parse(text, country)
     except phonenumbers.NumberParseException as error:
-        message = f"not a phone number: {error}"
+        message = "not a phone number"
         if error.error_type == phonenumbers.NumberParseException.INVALID_COUNTRY_CODE:
             message = "must begin with + and the country code"
         raise InvalidInput(message, field="phone", code="invalid_phone") from error

@@ -19,6 +19,12 @@ _INDEX = re.compile(r"\[(?:[0-9]+|\.{3})\]")
 _PATTERN = " matching regex "
 _ENUM = "Invalid enum value"
 _WRONG_FORM = "has the wrong form"
+_IN_WORDS = {
+    "Invalid UUID": "must be a UUID",
+    "Invalid RFC3339 encoded datetime": "must be a time with a zone, such as 2026-03-01T12:00:00Z",
+    "Expected `datetime` with a timezone component": "must be a time with a zone, such as 2026-03-01T12:00:00Z",
+    "Invalid RFC3339 encoded date": "must be a day, such as 2026-03-01",
+}
 
 
 class FieldRule(Struct, frozen=True):
@@ -44,7 +50,7 @@ def in_words(message: str, path: str, type_: Any) -> tuple[str, dict[str, Any]]:
     if message.startswith(_ENUM):
         allowed = [value for rule in _rules_at(path, type_) for value in rule.allowed]
         return f"must be one of {', '.join(map(str, allowed))}", {"allowed": allowed}
-    return message, {}
+    return _IN_WORDS.get(message, message), {}
 
 
 def _sentence(pattern: str, path: str, type_: Any) -> str:

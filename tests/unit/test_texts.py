@@ -7,7 +7,15 @@ import phonenumbers
 import pytest
 
 from services.notifier.transports import API as NOTIFIER
-from services.orders.requests import CreateCustomer, CreateMenuItem, CreateTable, OrdersQuery, PlaceOrder, RecordPayment
+from services.orders.requests import (
+    CreateCustomer,
+    CreateJob,
+    CreateMenuItem,
+    CreateTable,
+    OrdersQuery,
+    PlaceOrder,
+    RecordPayment,
+)
 from services.orders.routes import API as ORDERS
 from services.orders.routes.auth import RegisterRestaurant
 from services.orders.routes.users import CreateUser
@@ -166,6 +174,21 @@ def test_error_of_an_enumeration_lists_what_is_allowed() -> None:
     refused = refusal(CreateUser, **{**USER, "role": "chef"})
     assert refused.message == "must be one of admin, staff, customer"
     assert refused.details == {"field": "role", "allowed": ["admin", "staff", "customer"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bay_id": "x"}, "must be a UUID"),
+        ({"scheduled_at": "tomorrow"}, "must be a time with a zone, such as 2026-03-01T12:00:00Z"),
+        ({"scheduled_at": "2026-03-01T12:00:00"}, "must be a time with a zone, such as 2026-03-01T12:00:00Z"),
+    ],
+)
+def test_error_of_an_id_or_a_time_has_an_example_and_no_name_of_a_standard(
+    fields: dict[str, Any], message: str
+) -> None:
+    job = {"bay_id": "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11", "title": "wash"}
+    assert refusal(CreateJob, **{**job, **fields}).message == message
 
 
 def test_every_pattern_of_a_request_has_a_sentence() -> None:
