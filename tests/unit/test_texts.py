@@ -210,6 +210,16 @@ def test_whole_number_is_an_integer_however_it_is_written(number: str) -> None:
     assert read_body(body, RecordPayment).amount == 1
 
 
+def test_body_with_too_many_floats_is_refused_and_not_converted() -> None:
+    def refused_field(floats: int) -> str:
+        body = b'{"tip_amount": 1.0, "items": [%b]}' % b",".join([b"1.0"] * floats)
+        with pytest.raises(InvalidInput) as refused:
+            read_body(body, PlaceOrder)
+        return str(refused.value.details["field"])
+
+    assert (refused_field(100), refused_field(10_000)) == ("items[0]", "tip_amount")
+
+
 @pytest.mark.parametrize(
     "number", ["1.5", "1e-1", "1e999999999", "1e99999999999999999999999", "-1e400", "1.00000000000000000001", "1e13"]
 )
