@@ -35,8 +35,9 @@ _COMMIT_SECONDS = 0.01
 # While the broker does not answer, each one waits until the previous one is in the journal.
 _FACT_TIMEOUT_SECONDS = 4.0
 
-Change = Callable[[Any, datetime], tuple[str, Any]]
-"""(current state, time) -> (event, new state). Returning the current state itself means that nothing changes."""
+Change = Callable[[Any, datetime, int], tuple[str, Any]]
+"""(current state, time, version that the change becomes) -> (event, new state). Returning the current state itself
+means that nothing changes. It is called again, with another version, after another change came first."""
 
 
 class Receipt(Struct, frozen=True):
@@ -150,7 +151,7 @@ class EntityChanges:
             if versions is not None and str(found.head.version) not in versions:
                 raise _conflict(found.head)
             at = max(now(), before.updated_at)
-            event, after = change(before, at)
+            event, after = change(before, at, found.head.version + 1)
             if after is before:
                 return Receipt(entity, before, found.raw, found.head, None, replayed=True)
             draft = Draft(
@@ -172,13 +173,13 @@ class EntityChanges:
             await _pause(min(retries, 5))
 
     async def delete(self, identity: Identity, entity: Entity, id_: str, versions: Versions | None) -> Receipt:
-        def change(state: Any, at: datetime) -> tuple[str, Any]:
+        def change(state: Any, at: datetime, _: int) -> tuple[str, Any]:
             return "deleted", msgspec.structs.replace(state, deleted_at=at, updated_at=at)
 
         return await self.change(identity, entity, id_, versions, change)
 
     async def restore(self, identity: Identity, entity: Entity, id_: str, versions: Versions | None) -> Receipt:
-        def change(state: Any, at: datetime) -> tuple[str, Any]:
+        def change(state: Any, at: datetime, _: int) -> tuple[str, Any]:
             if state.deleted_at is None:
                 raise Conflict(f"the {entity.name} is not deleted", code="not_deleted")
             return "restored", msgspec.structs.replace(state, deleted_at=None, updated_at=at)

@@ -67,7 +67,7 @@ class OrderCommands:
         Unavailable."""
         book = await self._menus.book(identity.tenant)
 
-        def change(order: Order, at: datetime) -> tuple[str, Order]:
+        def change(order: Order, at: datetime, _: int) -> tuple[str, Order]:
             changed = _updated(order, requested, book, at)
             return ("status_changed" if changed.status is not order.status else "updated"), changed
 
@@ -77,7 +77,7 @@ class OrderCommands:
             raise _out_of_stock(error, identity, requested, book) from error
 
     async def delete(self, identity: Identity, id_: str, versions: Versions | None) -> Receipt:
-        def change(order: Order, at: datetime) -> tuple[str, Order]:
+        def change(order: Order, at: datetime, _: int) -> tuple[str, Order]:
             if order.status is OrderStatus.COMPLETED:
                 raise Conflict("a completed order cannot be deleted", code="order_completed", status=order.status)
             return "deleted", msgspec.structs.replace(order, deleted_at=at, updated_at=at)
@@ -85,7 +85,7 @@ class OrderCommands:
         return await self._changes.change(identity, _ENTITY, id_, versions, change)
 
     async def restore(self, identity: Identity, id_: str, versions: Versions | None) -> Receipt:
-        def change(order: Order, at: datetime) -> tuple[str, Order]:
+        def change(order: Order, at: datetime, _: int) -> tuple[str, Order]:
             if order.deleted_at is None:
                 raise Conflict("the order is not deleted", code="not_deleted")
             return "restored", msgspec.structs.replace(
@@ -102,7 +102,7 @@ class OrderCommands:
     async def record_again(self, identity: Identity, found: FoundState) -> Receipt:
         """Records the current state as a new change. Raises Conflict if the order has changed since it was read."""
 
-        def change(order: Order, at: datetime) -> tuple[str, Order]:
+        def change(order: Order, at: datetime, _: int) -> tuple[str, Order]:
             return "updated", msgspec.structs.replace(order, updated_at=at)
 
         id_ = found.decoded().id
@@ -119,7 +119,7 @@ class OrderCommands:
         if requested.amount == 0:
             raise InvalidInput("must not be 0", field="amount", code="invalid_input")
 
-        def change(order: Order, at: datetime) -> tuple[str, Order]:
+        def change(order: Order, at: datetime, _: int) -> tuple[str, Order]:
             earlier = fact.earlier(order.payments)
             if earlier is not None:
                 found, sent = ((one.amount, one.method, one.reference) for one in (earlier, requested))

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import aio_pika
 import pytest
 from msgspec import structs
 
+from services.orders.entity_changes import EntityChanges
 from shared.entities.contract import Lane, encode
 from shared.entities.order import ENTITY as ORDER
 from shared.errors import InvalidInput, OutcomeUnknown, Unavailable
@@ -23,6 +25,7 @@ from shared.rail.idempotency import Creations
 from shared.rail.journal import JournalBroken, JournalFull
 from shared.rail.outcomes import ClaimLost, Committed
 from shared.rail.record import Durability, Unrecorded
+from shared.security.tokens import Identity, Role
 from shared.settings import Settings
 from tests.rigs import builders
 from tests.rigs.rail.broker import MemoryBroker
@@ -549,3 +552,30 @@ async def test_unreadable_state_is_refused_before_it_is_claimed(rig: VhostRail) 
     with pytest.raises(InvalidInput):
         await rig.rail.commit(draft)
     assert await rig.read(draft.state.id) is None
+
+
+@pytest.mark.parametrize("overtaken", [0, 2])
+async def test_change_knows_the_version_that_it_becomes(vhost: Vhost, overtaken: int) -> None:
+    """Other changes come between the read and the claim, so the change is built again for a later version."""
+    rig, other = [await vhost.instance(stale_seconds=60.0) for _ in range(2)]
+    last = await rig.rail.commit(rig.creation())
+
+    class Overtaken(Heads):
+        async def head(self, *args: Any) -> Standing | None:
+            nonlocal last
+            found = await super().head(*args)
+            if last.head.version <= overtaken:
+                last = await other.rail.commit(other.update(last, notes="first"))
+            return found
+
+    told: list[int] = []
+
+    def change(state: Any, at: datetime, version: int) -> tuple[str, Any]:
+        told.append(version)
+        return "updated", structs.replace(state, notes=f"version {version}", updated_at=at)
+
+    changes = EntityChanges(rig.rail, Overtaken(rig.mirror, no_postgres))
+    staff = Identity(builders.new_id(), Role.STAFF, rig.restaurant)
+    receipt = await changes.change(staff, ORDER, last.state.id, None, change)
+    assert told == [*range(2, 3 + overtaken)]
+    assert (receipt.head.version, receipt.state.notes) == (told[-1], f"version {told[-1]}")

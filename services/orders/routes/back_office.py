@@ -63,7 +63,7 @@ async def set_availability(request: Call) -> ASGIApp:
 
 
 async def _set_one(context: RouteContext, identity: Identity, id_: str, available: bool) -> Availability:
-    def change(dish: menu_item.MenuItem, at: datetime) -> tuple[str, menu_item.MenuItem]:
+    def change(dish: menu_item.MenuItem, at: datetime, _: int) -> tuple[str, menu_item.MenuItem]:
         if dish.is_available is available:
             return "updated", dish
         return "updated", msgspec.structs.replace(dish, is_available=available, updated_at=at)
@@ -183,7 +183,7 @@ async def _record_move(
         if len(getattr(before, moves_field)) >= _MAX_MOVES_IN_STATE:
             old = await context.figures.move(entity.facts[0], type_, tenant, id_, fact)
 
-    def change(state: Any, at: datetime) -> tuple[str, Any]:
+    def change(state: Any, at: datetime, _: int) -> tuple[str, Any]:
         earlier = fact.earlier(getattr(state, moves_field)) or old
         if earlier is None:
             check_not_deleted(entity, state)

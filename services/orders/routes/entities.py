@@ -137,7 +137,7 @@ def routes_of(resource: Resource) -> list[HTTPRouteHandler]:
             entity,
             id_,
             versions,
-            lambda state, at: resource.after(state, fields, Context(restaurant, at, prepared)),
+            lambda state, at, _: resource.after(state, fields, Context(restaurant, at, prepared)),
         )
         return await _reply(request, receipt)
 
