@@ -12,7 +12,6 @@
 the data of a stage change also has `previousStage` and `newStage`. The event is encoded once for all subscribers. A
 screen keeps the state with the largest (version, changeId) of an order, as every store does."""
 
-import re
 from enum import IntEnum
 from typing import Any
 
@@ -23,6 +22,7 @@ from services.notifier.cursor import Cursor
 from shared.entities import order
 from shared.entities.contract import Change, decode_change, encode
 from shared.entities.entity import event_of
+from shared.entities.internal_fields import without_internal_fields
 from shared.entities.registry import read
 from shared.observability.tracing import trace_id_of
 
@@ -55,10 +55,6 @@ _OF_ORDER = {
     "status_changed": (PushKind.STAGE_CHANGE, "stage_change"),
 }
 _OTHER_CHANGES = (PushKind.STATUS_UPDATE, "status_update")
-
-# These fields are internal to idempotency. No screen needs them, and a customer could use them to compare requests.
-# Quotes inside a JSON string are escaped, so only the fields themselves match.
-_INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
 _fields = msgspec.json.Decoder(dict[str, Raw])
 _NO_HOLDS = Raw(b"[]")
@@ -104,7 +100,7 @@ def push_event(encoded: bytes, cursor: Cursor) -> PushEvent | None:
         return None
     kind, name = _OF_ORDER.get(event_of(change.type)[1], _OTHER_CHANGES)
     # The fields stay encoded, so that fields of a newer release reach the screens.
-    data: dict[str, Any] = dict(_fields.decode(_INTERNAL.sub(b"", bytes(change.data.after))))
+    data: dict[str, Any] = dict(_fields.decode(without_internal_fields(bytes(change.data.after))))
     if kind is PushKind.STAGE_CHANGE:
         data["previousStage"] = _previous_stage(change)
         data["newStage"] = state.status

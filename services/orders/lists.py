@@ -8,6 +8,7 @@ from uuid import UUID
 from services.orders.entity_reads import Page
 from services.orders.views import hidden_from, state_view, sync_of
 from shared.entities.entity import Entity
+from shared.entities.internal_fields import INTERNAL_FIELDS
 from shared.entities.selection import Selection
 from shared.errors import Forbidden, InvalidInput
 from shared.http.cursors import cursor_after, read_cursor
@@ -86,7 +87,7 @@ def _shown_fields(
 ) -> frozenset[str] | None:
     if fields is None:
         return None
-    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *derived} - {"request_hash"} - hidden
+    known = {*entity.state.__struct_fields__, *_ADDED_FIELDS, *derived} - INTERNAL_FIELDS - hidden
     requested = {name.strip() for name in fields.split(",") if name.strip()}
     for name in sorted(requested - known):
         raise InvalidInput(f"unknown field {name!r}; known fields: {', '.join(sorted(known))}", field="fields")

@@ -3,7 +3,6 @@
 {...state..., "version": 3, "sync": {"state": "pending" | "synced" | "failed" | "conflict", ...}}
 """
 
-import re
 from typing import Any
 
 import msgspec
@@ -11,12 +10,9 @@ from msgspec import Raw
 
 from services.orders.entity_reads import FoundState
 from shared.entities.contract import Head, SyncState
+from shared.entities.internal_fields import without_internal_fields
 from shared.security.permissions import may
 from shared.security.tokens import Identity, Role
-
-# These fields are internal to idempotency. Quotes inside a JSON string are escaped, so only the fields themselves
-# match.
-_INTERNAL = re.compile(rb',"request_(?:hash|key)":(?:null|"[0-9a-f-]*")')
 
 # Actions of which a caller must be allowed one to see a field. Both fields tell what a dish is made of.
 _SEEN_WITH = {"consumes": ("inventory.read", "menu.change"), "holds": ("inventory.read", "orders.change")}
@@ -55,7 +51,7 @@ def state_view(
     """Returns the JSON of an entity. `state` is encoded, and is decoded only if `shown` names the fields to show, or if
     it may have a field that is `hidden`. `more` has further fields."""
     extra = {"version": head.version, "sync": sync, **more}
-    state = _INTERNAL.sub(b"", state)
+    state = without_internal_fields(state)
     if shown is not None or any(f'"{name}":'.encode() in state for name in hidden):
         found = {**msgspec.json.decode(state), **extra}
         kept = {name for name in found if name not in hidden and (shown is None or name in shown)}

@@ -10,6 +10,7 @@ from litestar.handlers import HTTPRouteHandler
 from msgspec import Meta, Struct
 
 from shared.entities.contract import SyncState
+from shared.entities.internal_fields import INTERNAL_FIELDS
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.endpoint import Operation, View
 from shared.http.openapi_examples import example_of
@@ -136,7 +137,7 @@ def document(api: Api) -> dict[str, Any]:
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip([id(type_) for type_ in types], schemas, strict=True))
     for component in components.values():
-        for internal in ("request_hash", "request_key"):
+        for internal in INTERNAL_FIELDS:
             component.get("properties", {}).pop(internal, None)
         if text := component.get("description"):
             component["description"] = " ".join(text.split())  # Python 3.13 and later indent docstrings differently

@@ -4,6 +4,7 @@ import itertools
 from datetime import UTC, date, datetime
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,6 +96,14 @@ def test_a_selection_matches_only_the_orders_that_the_list_asks_for() -> None:
     assert not Selection(before=(mine.created_at, mine.id)).match(mine)
     assert not Selection().match(order(deleted_at=mine.created_at))
     assert Selection(include_deleted=True).match(order(deleted_at=mine.created_at))
+
+
+@pytest.mark.parametrize("clock", ["{}", '{"till-1":7}', '{"till-1":7,"}\\"{\\\\":12}'])
+def test_what_terminals_count_with_is_hidden_and_nothing_else(clock: str) -> None:
+    state = '{"id":"one","payments":[{"id":"two","request_key":"2"}]%s,"notes":"\\",\\"clock\\":{}"}'
+    view = bytes(state_view((state % f',"clock":{clock}').encode(), Head(3, "c"), {}))
+    shown = state.replace(',"request_key":"2"', "") % ""
+    assert msgspec.json.decode(view) == {**msgspec.json.decode(shown), "version": 3, "sync": {}}
 
 
 def test_the_view_hides_only_the_request_hash() -> None:

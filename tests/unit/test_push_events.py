@@ -99,6 +99,14 @@ def test_the_request_hash_is_never_pushed() -> None:
     assert b"hash" not in pushed(change(order(request_hash="ab" * 32))).payload(of_one_order=False)
 
 
+def test_what_terminals_count_with_is_never_pushed() -> None:
+    made = change(order(notes="late"))
+    counted = bytes(made.data.after).replace(b',"notes"', b',"clock":{"till-1":7},"notes"')
+    assert b"clock" in counted
+    event = pushed(structs.replace(made, data=ChangeData(after=Raw(counted))))
+    assert payload(event)["data"] == payload(pushed(made))["data"]
+
+
 def test_stock_that_an_order_holds_is_pushed_only_to_those_who_may_read_the_stock() -> None:
     held = (StockHold(str(uuid4()), 2),)
     event, without = pushed(change(order(holds=held))), pushed(change(order()))

@@ -13,6 +13,7 @@ from services.orders.requests import Request
 from services.orders.route_context import context_of
 from shared.entities import registry
 from shared.entities.contract import SENTENCE, Time
+from shared.entities.internal_fields import INTERNAL_FIELDS
 from shared.errors import Unavailable
 from shared.http.call import Call
 from shared.http.cursors import page_of, read_cursor
@@ -104,7 +105,7 @@ def _audited(row: dict[str, Any]) -> AuditedChange:
     changed = {
         name: {"before": old, "after": after.get(name)}
         for name, old in before.items()
-        if name not in ("updated_at", "request_hash")
+        if name != "updated_at" and name not in INTERNAL_FIELDS
     }
     return AuditedChange(**row, changed=changed)
 
