@@ -141,7 +141,7 @@ class EntityReads:
                     pending_ids, pending = await self._newer_than_stored(
                         entity, connection, restaurant, pending_ids, selection, state
                     )
-                stored = await states.list_page(
+                stored, left_out = await states.list_page(
                     connection,
                     entity,
                     restaurant,
@@ -151,8 +151,8 @@ class EntityReads:
                 )
         except UNAVAILABLE as error:
             return await self._live_page(entity, restaurant, selection, state, error)
-        found = pending + [_from_stored(entity, row) for row in stored]
-        return self._cut(found, selection, complete=warm)
+        rows = [_from_stored(entity, row) for row in stored]
+        return self._cut(pending + rows, selection, complete=warm, last=rows[-1] if left_out else None)
 
     async def drain(self) -> None:
         """Waits until the running repairs of the mirror have ended."""
@@ -238,14 +238,24 @@ class EntityReads:
         return all_warm, found
 
     def _cut(
-        self, found: list[FoundState], selection: Selection, *, complete: bool, served_by: str = "postgres"
+        self,
+        found: list[FoundState],
+        selection: Selection,
+        *,
+        complete: bool,
+        served_by: str = "postgres",
+        last: FoundState | None = None,
     ) -> Page:
+        """`last`: the page must end here, because PostgreSQL has left out what comes after it."""
+
         def newest(one: FoundState) -> tuple[float, str]:
             state = one.decoded()
             return state.created_at.timestamp(), state.id
 
-        found.sort(key=newest, reverse=True)
-        return Page(found[: selection.limit], len(found) > selection.limit, complete, served_by)
+        placed = sorted(((newest(one), one) for one in found), key=lambda pair: pair[0], reverse=True)
+        end = None if last is None else newest(last)
+        kept = [one for place, one in placed if end is None or place >= end]
+        return Page(kept[: selection.limit], len(kept) > selection.limit or end is not None, complete, served_by)
 
     # -- repair ------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 from shared.entities.contract import Head
 from shared.entities.entity import Entity, Hold, Keyed
 from shared.entities.selection import Selection
-from shared.postgres.blocks import in_blocks
+from shared.postgres.blocks import BLOCK_BYTES, in_blocks
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
@@ -57,9 +57,9 @@ def _in_conflict(entity: Entity) -> str:
     )
 
 
-def _columns(entity: Entity) -> str:
+def _columns(entity: Entity, change: str = "c") -> str:
     return (
-        "t.version, t.change_id::text, (c.data->'after')::text as state, c.accepted_at,"
+        f"t.version, t.change_id::text, ({change}.data->'after')::text as state, {change}.accepted_at,"
         f" {_in_conflict(entity)} as conflict"
     )
 
@@ -168,8 +168,10 @@ async def list_page(
     *,
     without: Sequence[str] = (),
     conflict: bool | None = None,
-) -> list[StoredState]:
-    """Returns up to limit + 1 states, newest first. The additional one shows that there is another page.
+) -> tuple[list[StoredState], bool]:
+    """Returns (up to limit + 1 states, newest first; whether large ones were left out at the end). The additional state
+    shows that there is another page. The states have BLOCK_BYTES together, or the last one of them exceeds it: an order
+    may have a megabyte, and a page of 200 such orders would stop the service for seconds.
 
     `without`: ids to leave out, because the caller has them from the mirror. `conflict`: True for only the states with
     an open conflict, False for only the states without one, None for both.
@@ -194,8 +196,17 @@ async def list_page(
         "select t.restaurant_id, t.id, t.version, t.change_id, t.created_at"  # noqa: S608
         f" from {entity.table.name} t where {where} {newest} limit {int(selection.limit) + 1}"
     )
-    rows = await connection.fetch(f"select {_columns(entity)} from ({selected}) t {_LATERAL} {newest}", *where.values)  # noqa: S608
-    return [_stored(row) for row in rows]
+    measured = (
+        "select t.*, c.data, c.accepted_at, count(*) over () as found,"  # noqa: S608
+        f" sum(octet_length(c.data::text)) over ({newest} rows between unbounded preceding and 1 preceding) as bytes"
+        f" from ({selected}) t {_LATERAL}"
+    )
+    rows = await connection.fetch(
+        f"select {_columns(entity, 't')}, t.found from ({measured}) t"  # noqa: S608
+        f" where coalesce(t.bytes, 0) < {BLOCK_BYTES} {newest}",
+        *where.values,
+    )
+    return [_stored(row) for row in rows], bool(rows) and rows[0]["found"] > len(rows)
 
 
 # Deleted items are included, because they can be restored with the count that they had. The holds come first, so that

@@ -285,6 +285,33 @@ async def test_guest_sees_nothing_of_other_guests(restaurant: RestaurantRig) -> 
 # -- the audit ---------------------------------------------------------------------------------------------------
 
 
+async def test_page_of_large_orders_ends_after_some_megabytes_and_the_next_one_goes_on(system: System) -> None:
+    restaurant = await register_restaurant(system)
+    dish = (await restaurant.dish())["id"]
+    items = [{"menu_item_id": dish, "quantity": 1, "special_instructions": "x" * 800}] * 1_000
+    placed = []
+    async with restaurant.client(Role.ADMIN) as admin:
+        for number in range(8):
+            large = {"items": items if number % 4 else items[:1]}
+            placed.append(made(await admin.post("/api/orders", json=large))["id"])
+        for state in ("pending", "synced"):  # some are pending at first
+            if state == "synced":
+                await eventually(
+                    lambda: admin.get("/api/orders", params={"sync_state": "pending", "limit": 1}),
+                    until=lambda reply: expect(reply) == [],
+                    what="all orders are in PostgreSQL",
+                )
+            found, sizes, cursor = list[str](), list[int](), ""
+            while cursor is not None:
+                params: dict[str, Any] = {"limit": 200, **({"cursor": cursor} if cursor else {})}
+                reply = await admin.get("/api/orders", params=params)
+                found += [one["id"] for one in expect(reply)]
+                sizes.append(len(reply.content))
+                cursor = reply.json()["pagination"]["next_cursor"]
+            assert found == placed[::-1]
+        assert len(sizes) > 1 and max(sizes) < 6_000_000
+
+
 async def test_audit_of_an_unknown_entity_is_refused_with_the_names_of_all(restaurant: RestaurantRig) -> None:
     async with restaurant.client(Role.ADMIN) as admin:
         reply = await admin.get("/api/audit", params={"entity": "users"})

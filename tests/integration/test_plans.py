@@ -59,9 +59,10 @@ def orders(**fields: Any) -> Callable[[Database], Awaitable[Any]]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         without = chosen.pop("without", [])
         async with database.api.tenant(database.restaurant.id) as connection:
-            return await states.list_page(
+            found, _ = await states.list_page(
                 connection, order.ENTITY, database.restaurant.id, Selection(**chosen), without=without
             )
+            return found
 
     return page
 
