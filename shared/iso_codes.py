@@ -19,3 +19,10 @@ CURRENCIES = (
     " TZS UAH UGX USD UYU UZS VED VES VND VUV WST XAF XCD XCG XOF XPF YER ZAR ZMW ZWG"
 )
 """The money of countries: without funds, metals, test codes and units of account."""
+_NO_DECIMAL_PLACES = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX VND VUV XAF XOF XPF"
+_THREE_DECIMAL_PLACES = "BHD IQD JOD KWD LYD OMR TND"
+
+
+def minor_digits(currency: str) -> int:
+    """Returns how many decimal places the major unit of a currency has: 2 for EUR, 0 for JPY, 3 for KWD."""
+    return 0 if currency in _NO_DECIMAL_PLACES else 3 if currency in _THREE_DECIMAL_PLACES else 2

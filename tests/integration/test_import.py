@@ -1,6 +1,7 @@
 """`ticketrail import` on a running system: from files and from another PostgreSQL, also when it is interrupted."""
 
 import asyncio
+import gzip
 import json
 import os
 import pty
@@ -19,8 +20,8 @@ import pytest
 from services.sync.command_session import CommandSession
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.importer import Importer, ImportReport, RefusedRow
-from services.sync.imports.sources import source_of
-from shared.errors import NotFound
+from services.sync.imports.sources import SourceOptions, check_source, source_of
+from shared.errors import InvalidInput, NotFound
 from tests.rigs.command_line import ticketrail
 from tests.rigs.link import link_to
 from tests.rigs.restaurant import RestaurantRig, register_restaurant
@@ -57,15 +58,34 @@ def jsonl(path: Path, lines: Sequence[bytes]) -> str:
     return str(path)
 
 
+def scattered(path: Path, known: Sequence[str]) -> str:
+    """Writes a packed CSV whose first row is refused; the two rows of each order stand 250 orders apart."""
+    rows = [f"{name},completed,2025-06-01 12:00,Soup,1,620" for name in known]
+    more = [f"{name},,,Bread,1,450" for name in known]
+    mixed = [
+        row
+        for n in range(len(known) + 250)
+        for row in (*rows[n : n + 1], *(more[n - 250 : n - 249] if n >= 250 else ()))
+    ]
+    heading = "external_id,status,created_at,item_name,item_quantity,item_unit_price"
+    path.write_bytes(gzip.compress("\n".join([heading, "refused,x,,,,", *mixed]).encode()))
+    return str(path)
+
+
 async def import_from(
-    restaurant: RestaurantRig, name: str, *, query: str | None = None, again: bool = False, **urls: str
+    restaurant: RestaurantRig,
+    name: str,
+    *,
+    query: str | None = None,
+    again: bool = False,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  (frozen)
+    **urls: str,
 ) -> tuple[ImportReport, list[RefusedRow]]:
     """Runs an import in this process; returns (report, refused rows)."""
+    checked = check_source(source_of(name, query, options), restaurant.id)
     async with CommandSession(settings_of(restaurant.system, **urls)) as session:
         upserts = ExternalOrderUpserts(session.postgres, session.mirror, session.rail, source="import", window_days=3)
-        return await Importer(session.postgres, upserts).run(
-            source_of(name, query), restaurant.id, again=again, progress=lambda _: None
-        )
+        return await Importer(session.postgres, upserts).run(checked, again=again, progress=lambda _: None)
 
 
 def counts(report: ImportReport) -> dict[str, int]:
@@ -113,14 +133,14 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
 ) -> None:
     known = names(303)
     lines = [line_of(name, number) for number, name in enumerate(known)]
-    lines[7:7] = [b"{", b'{"external_id": "\xff"}']
+    lines[7:7] = [b"{", b'{"external_id": "\\ud800"}']
     lines[250:250] = [line_of("elsewhere", restaurant_id=str(uuid4())), line_of("nul", **{"a\x00b": 1})]
     source, refused_rows = jsonl(tmp_path / "orders.jsonl", lines), tmp_path / "refused.jsonl"
     arguments = ("import", source, "--restaurant", restaurant.id, "--refused", str(refused_rows))
     first = await ticketrail(restaurant.system, *arguments, "--json")
     refusals = first.printed.pop("refusals")
     assert {name: n for name, n in first.printed.items() if name != "refusals"} == {
-        "read": 307, "skipped": 0, "created": 303, "updated": 0, "unchanged": 0, "refused": 4,
+        "dry_run": False, "read": 307, "skipped": 0, "created": 303, "updated": 0, "unchanged": 0, "refused": 4,
     }  # fmt: skip
     assert [(one["line"], one["reason"].partition(":")[0]) for one in refusals] == [
         (8, "body"),
@@ -273,10 +293,28 @@ async def test_orders_are_imported_from_another_postgresql(restaurant: Restauran
             "read": 4, "created": 1, "unchanged": 2, "refused": 1,
         }  # fmt: skip
         await all_there(restaurant, known)
+        for query, sentence in (
+            ("select external_id as name, items from till", "unknown column 'name'; the nearest known one is "),
+            ("select external_id, external_id, items from till", "the column external_id stands 2 times"),
+            ("select external_id, 'Tea' as item_name from till", "is missing"),
+        ):
+            with pytest.raises(InvalidInput, match=sentence):
+                await import_from(restaurant, url, query=query)
         file = tmp_path / "url"
         file.write_text(url)
         wrong = await ticketrail(restaurant.system, "import", f"@{file}", "--query", "select * from nowhere")
         assert (wrong.code, 'relation "nowhere" does not exist' in wrong.err) == (1, True)
+        # A timestamp without a zone is in that of the restaurant.
+        async with restaurant.system.database() as connection:
+            await connection.execute("update restaurants set time_zone = 'Asia/Tokyo' where id = $1", restaurant.id)
+        local = "select external_id, created_at at time zone 'Asia/Tokyo' as created_at, items from till"
+        assert (await import_from(restaurant, url, query=local))[0].created == 1
+
+        async def times() -> list[datetime]:
+            return [row["created_at"] for row in await stored(restaurant) if row["external_id"] == "broken"]
+
+        expected = [LAST_YEAR + timedelta(minutes=1)]
+        await eventually(times, what="the order", until=lambda found: found == expected)
         password = url.partition("//")[2].partition("@")[0].partition(":")[2]
         async with restaurant.system.database() as connection:
             noted = await connection.fetchval("select string_agg(source, ' ') from imports")
@@ -289,10 +327,17 @@ async def test_orders_are_imported_from_another_postgresql(restaurant: Restauran
 # -- interruptions -------------------------------------------------------------------------------------------------
 
 
-async def test_killed_import_continues_where_it_stopped(restaurant: RestaurantRig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["lines", "packed-rows-of-items"])
+async def test_killed_import_continues_where_it_stopped(
+    restaurant: RestaurantRig, tmp_path: Path, packed: bool
+) -> None:
     known = names(700)
-    lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
-    source = jsonl(tmp_path / "orders.jsonl", lines)
+    if packed:
+        source = scattered(tmp_path / "orders.csv.gz", known)
+        lines = [b"", *(b"" for _ in known)]
+    else:
+        lines = [b"{", *(line_of(name, number) for number, name in enumerate(known))]
+        source = jsonl(tmp_path / "orders.jsonl", lines)
     command = [sys.executable, "-m", "services.sync.cli", "import", source, "--restaurant", restaurant.id]
     # The import reaches the broker through a proxy in this process. So it cannot finish while this process stalls.
     async with link_to(restaurant.system.rabbitmq_url) as broker:
@@ -310,9 +355,18 @@ async def test_killed_import_continues_where_it_stopped(restaurant: RestaurantRi
     printed = ended.printed
     assert printed["skipped"] == so_far
     assert printed["created"] + printed["unchanged"] == len(lines) - so_far
-    assert [one["line"] for one in printed["refusals"]] == [1], "the rows that the killed run refused are not reported"
+    refused = [one["line"] for one in printed["refusals"]]
+    assert refused == [2 if packed else 1], "the rows that the killed run refused are not reported"
     assert ended.code == 1
     await all_there(restaurant, known)
+    if packed:
+        async with restaurant.system.database() as connection:
+            items = await connection.fetch(
+                "select string_agg(name, ' ' order by position) from order_items where restaurant_id = $1"
+                " group by order_id",
+                restaurant.id,
+            )
+        assert {row[0] for row in items} == {"Soup Bread"}
 
 
 @pytest.mark.parametrize("unavailable", ["rabbitmq", "redis", "postgresql"])

@@ -5,8 +5,13 @@ stopped. Bulk imports use the background lane, so that they do not delay new ord
 
     external_orders.py         the format of external orders, and their merge into our orders; pure
     external_order_upserts.py  commits one external order
+    columns.py                 the columns of CSV files and queries, and the check of their names; pure
+    cells.py                   amounts and times of cells; pure
+    text_files.py              encodings, gzip, and the place of the first bad byte
+    csv_files.py               separators, headings, and the rows of one order
     sources.py                 reads rows from JSON lines, CSV or another PostgreSQL
     importer.py                imports all rows of a source and stores the progress
+    forecast.py                says what an import would do
     routes.py, commands.py     POST /api/sync/order and `ticketrail import`
 
 Others may use: `external_order_upserts` and `routes` (api.py), `commands` (the command line). The rest is internal.

@@ -10,7 +10,14 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from services.sync.imports.external_orders import ExternalOrder, event_of, lane_of_external, merged, new_order, order_id
+from services.sync.imports.external_orders import (
+    ExternalOrder,
+    event_of,
+    lane_of_external,
+    new_order,
+    order_id,
+    updated,
+)
 from shared.entities import order as orders
 from shared.entities.contract import Head, Lane, now
 from shared.entities.order import Order
@@ -83,16 +90,10 @@ class ExternalOrderUpserts:
         while True:
             at = now()
             state = new_order(external, restaurant, at)
-            known = found if found or (new and tried == 0) else await self._known(state, external)
+            known = found if found or (new and tried == 0) else await self._known(restaurant.id, state.id, external)
             base, before = (None, None) if known is None else (known.head, known.state)
             if before is not None and base is not None:
-                if (before.currency, before.tax_basis_points) != (state.currency, state.tax_basis_points):
-                    # An order keeps its currency and its tax rate, even if those of the restaurant have changed.
-                    terms = msgspec.structs.replace(
-                        restaurant, currency=before.currency, tax_basis_points=before.tax_basis_points
-                    )
-                    state = new_order(external, terms, at)
-                after = merged(before, state, dated=external.updated_at is not None, at=at)
+                after = updated(before, state, external, restaurant, at)
                 if after is None:
                     return UpsertedOrder("unchanged", before, base)
                 state = after
@@ -121,6 +122,12 @@ class ExternalOrderUpserts:
             tried += 1
             await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
+    async def state(self, external: ExternalOrder) -> Order | None:
+        """Returns the order as it stands, or None if it does not exist. Raises Unavailable."""
+        restaurant = str(external.restaurant_id)
+        known = await self._known(restaurant, order_id(restaurant, external.name), external)
+        return None if known is None else known.state
+
     async def restaurant(self, id_: str) -> Restaurant:
         """Returns a restaurant, at most a minute old while PostgreSQL is available. Raises NotFound, Unavailable."""
         expires_at, known = self._restaurants.get(id_, (0.0, None))
@@ -145,10 +152,9 @@ class ExternalOrderUpserts:
             return None
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
-    async def _known(self, state: Order, external: ExternalOrder) -> Standing | None:
+    async def _known(self, restaurant: str, id_: str, external: ExternalOrder) -> Standing | None:
         """Returns what stands of an order, or None if it does not exist. Without a warm mirror the order can only be
         created: raises Unavailable if it exists, and if no store can answer."""
-        restaurant, id_ = state.restaurant_id, state.id
         try:
             return await self._heads.head(_ENTITY, restaurant, id_, external.created_at)
         except Unavailable:

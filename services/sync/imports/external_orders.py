@@ -169,6 +169,16 @@ def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> 
     )
 
 
+def updated(before: Order, sent: Order, external: ExternalOrder, restaurant: Restaurant, at: datetime) -> Order | None:
+    """Returns the state of the order `before` after the update `external`, or None if the update changes nothing.
+    `sent`: what `new_order` makes of the update. Raises InvalidInput, Conflict."""
+    if (before.currency, before.tax_basis_points) != (sent.currency, sent.tax_basis_points):
+        # An order keeps its currency and its tax rate, even if those of the restaurant have changed.
+        terms = msgspec.structs.replace(restaurant, currency=before.currency, tax_basis_points=before.tax_basis_points)
+        sent = new_order(external, terms, at)
+    return merged(before, sent, dated=external.updated_at is not None, at=at)
+
+
 def merged(before: Order, sent: Order, *, dated: bool, at: datetime) -> Order | None:
     """Returns the state of the order `before` after the update `sent`, or None if the update changes nothing. `dated`:
     whether the other system has set `updated_at`, so that a late update can be recognized. Raises Conflict."""

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 from uuid import UUID
 
@@ -23,12 +23,14 @@ from msgspec import Struct
 
 from services.sync.imports.external_order_upserts import ExternalOrderUpserts, UpsertedOrder
 from services.sync.imports.external_orders import ExternalOrder, order_id
-from services.sync.imports.sources import ImportRow, ImportSource, rows
+from services.sync.imports.forecast import ImportForecast
+from services.sync.imports.sources import CheckedSource, ImportRow, rows
 from shared.entities import order as orders
 from shared.entities.contract import Lane
 from shared.errors import Conflict, OutcomeUnknown, TicketrailError, Unavailable
 from shared.postgres import states
 from shared.postgres.pool import UNAVAILABLE, Postgres
+from shared.restaurants import Restaurant
 
 # Measured by benchmarks/importing.py on a machine with other load: twice the block size and twice the concurrency made
 # new orders nearly twice as slow and the import no faster. Concurrent rows share a message, so each row costs little.
@@ -91,37 +93,74 @@ class Importer:
         self._upserts = upserts
 
     async def run(
-        self, source: ImportSource, restaurant: str | None, *, again: bool, progress: Callable[[ImportReport], None]
+        self, checked: CheckedSource, *, again: bool, progress: Callable[[ImportReport], None]
     ) -> tuple[ImportReport, list[RefusedRow]]:
-        """Imports the source. Returns the report and all refused rows, including those of earlier runs. `restaurant`:
-        the id for rows without restaurant_id. `again`: starts from the first row, even if an earlier run imported it.
-        Raises NotFound (no such restaurant) and InvalidInput (the source cannot be read). Raises Unavailable,
-        OutcomeUnknown or one of UNAVAILABLE if a backend stays unavailable; the progress is kept then."""
-        if restaurant is not None:
-            await _with_retries(lambda: self._upserts.restaurant(restaurant))
-        digest = f"{await asyncio.to_thread(lambda: source.digest)}:{restaurant or ''}"
-        begun = await _with_retries(lambda: self._begin(digest, source, restaurant, again=again))
-        report = await self._import_rows(source, restaurant, begun, progress)
+        """Imports the source. Returns the report and all refused rows, including those of earlier runs. `again`: starts
+        from the first row, even if an earlier run imported it. Raises NotFound (no such restaurant) and InvalidInput
+        (the source cannot be read). Raises Unavailable, OutcomeUnknown or one of UNAVAILABLE if a backend stays
+        unavailable; the progress is kept then."""
+        await self._require_restaurant(checked)
+        begun = await _with_retries(lambda: self._begin(checked, again=again))
+        report = await self._import_rows(checked, begun, progress)
         while report is None:
-            begun = await _with_retries(lambda: self._begin(digest, source, restaurant, again=True))
-            report = await self._import_rows(source, restaurant, begun, progress)
-        await _with_retries(lambda: self._execute(_FINISH, digest))
+            begun = await _with_retries(lambda: self._begin(checked, again=True))
+            report = await self._import_rows(checked, begun, progress)
+        await _with_retries(lambda: self._execute(_FINISH, checked.digest))
         progress(report)
-        return report, await _with_retries(lambda: self._refusals(digest))
+        return report, await _with_retries(lambda: self._refusals(checked.digest))
+
+    async def forecast(
+        self, checked: CheckedSource, *, progress: Callable[[ImportReport], None]
+    ) -> tuple[ImportReport, list[RefusedRow]]:
+        """Returns what `run` with `again` would return, and changes nothing. Raises what `run` raises."""
+        await self._require_restaurant(checked)
+        report = ImportReport()
+        refused: list[RefusedRow] = []
+        async with contextlib.aclosing(rows(checked, self._restaurant)) as found:
+            with ImportForecast(self._upserts) as forecast:
+                async for block in _blocks(found):
+                    orders_ = [row.order for row in block if row.order is not None]
+                    await _with_retries(lambda orders_=orders_: forecast.look_up(orders_))  # type: ignore[misc]
+                    for row in block:
+                        report.read += 1
+                        done = row.error if row.order is None else await self._outcome(forecast, row.order)
+                        if done in ("created", "updated", "unchanged"):
+                            setattr(report, done, getattr(report, done) + 1)
+                        else:
+                            report.refused += 1
+                            refused.append(RefusedRow(row.line, _storable(done)))
+                    progress(report)
+        return report, sorted(refused, key=lambda row: row.line)
+
+    async def _outcome(self, forecast: ImportForecast, order: ExternalOrder) -> str:
+        """Returns the outcome that `upsert` would have, or the reason why it would refuse the order."""
+        try:
+            return await _with_retries(lambda: forecast.outcome(order))
+        except (Unavailable, OutcomeUnknown):
+            raise
+        except TicketrailError as error:
+            return _reason(error)
+
+    async def _restaurant(self, id_: str) -> Restaurant:
+        return await _with_retries(lambda: self._upserts.restaurant(id_))
+
+    async def _require_restaurant(self, checked: CheckedSource) -> None:
+        if checked.restaurant is not None:
+            await self._restaurant(checked.restaurant)
 
     async def _import_rows(
-        self, source: ImportSource, restaurant: str | None, begun: _Begun, progress: Callable[[ImportReport], None]
+        self, checked: CheckedSource, begun: _Begun, progress: Callable[[ImportReport], None]
     ) -> ImportReport | None:
         """Imports the rows after those that are done. Returns None if the rows that are done have changed in the
         source."""
         report = ImportReport(refused=begun.refused)
         passed = hashlib.sha256()
         block: list[ImportRow] = []
-        async with contextlib.aclosing(rows(source, restaurant)) as found:
+        async with contextlib.aclosing(rows(checked, self._restaurant)) as found:
             async for row in found:
                 report.read += 1
-                # `source.digest` covers the rows of a file, but only the text of a query.
-                if source.kind == "postgres":
+                # The digest of the source covers the rows of a file, but only the text of a query.
+                if checked.file is None:
                     passed.update(row.digest)
                 if report.read <= begun.done:
                     report.skipped += 1
@@ -167,8 +206,7 @@ class Importer:
                 except (Unavailable, OutcomeUnknown):
                     raise
                 except TicketrailError as error:
-                    field = error.details.get("field")
-                    refused.append(RefusedRow(line, f"{field}: {error.message}" if field else error.message))
+                    refused.append(RefusedRow(line, _reason(error)))
                     report.refused += 1
                 else:
                     setattr(report, done.outcome, getattr(report, done.outcome) + 1)
@@ -204,11 +242,12 @@ class Importer:
 
     # -- progress ---------------------------------------------------------------------------------------------
 
-    async def _begin(self, digest: str, source: ImportSource, restaurant: str | None, *, again: bool) -> _Begun:
+    async def _begin(self, checked: CheckedSource, *, again: bool) -> _Begun:
+        digest = checked.digest
         async with self._postgres.connection() as connection, connection.transaction():
             if again:
                 await connection.execute(_FORGET, digest)
-            row = await connection.fetchrow(_BEGIN, digest, source.shown, restaurant or _NO_RESTAURANT)
+            row = await connection.fetchrow(_BEGIN, digest, checked.source.shown, checked.restaurant or _NO_RESTAURANT)
         assert row is not None
         return _Begun(digest, row["done"], row["refused"], row["passed_sha256"])
 
@@ -242,6 +281,22 @@ async def _with_retries(work: Callable[[], Awaitable[T]]) -> T:
             if error.error_code != "version_conflict" or time.monotonic() > deadline:
                 raise
         await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311  (jitter)
+
+
+async def _blocks(found: AsyncIterator[ImportRow]) -> AsyncIterator[list[ImportRow]]:
+    block: list[ImportRow] = []
+    async for row in found:
+        block.append(row)
+        if len(block) == _BLOCK_SIZE:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _reason(error: TicketrailError) -> str:
+    field = error.details.get("field")
+    return f"{field}: {error.message}" if field else error.message
 
 
 def _storable(reason: str) -> str:

@@ -1,20 +1,15 @@
 """Reads the rows of an import from a JSON-lines file, a CSV file, or a query on another PostgreSQL.
 
-Rows come one at a time and always in the same order, so that an import can continue where it stopped.
+Guarantee: `check_source` reads a whole file before its first row is imported, and refuses one that cannot be read to
+its end. Rows come one at a time and always in the same order, so that an import can continue where it stopped.
 
-A CSV file and the result of a query have a column for each field of `ExternalOrder`; `items` and `payments` hold JSON.
-A CSV file without the column `items` has one row per item (`item_name`, `item_quantity`, `item_unit_price`). The rows
-of an order must then follow one another, because an order is imported whole or not at all.
+A CSV file and the result of a query have a column for each field of `ExternalOrder` (columns.py).
 """
 
-import csv
 import hashlib
-import json
 import math
 import os
-import sys
-from codecs import BOM_UTF8
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -26,16 +21,22 @@ import asyncpg
 import msgspec
 from msgspec import Struct
 
+from services.sync.imports import cells, csv_files, text_files
+from services.sync.imports.columns import FORMS, ITEM_FIELDS, heading_fault
+from services.sync.imports.csv_files import CsvFile, Record
 from services.sync.imports.external_orders import ExternalOrder
-from shared.errors import InvalidInput, described
+from services.sync.imports.text_files import TextFile
+from shared.errors import InvalidInput, NotFound, described
 from shared.http.bodies import MAX_BODY_BYTES, read_body
 from shared.postgres.pool import UNAVAILABLE
+from shared.restaurants import Restaurant
 
-_INTS = ("tip_amount", "discount_amount", "deposit_used", "tax_amount", "total")
-_JSON = ("items", "payments")
-_TIMES = ("created_at", "updated_at")
-_ITEM = {"item_name": "name", "item_quantity": "quantity", "item_unit_price": "unit_price"}
 _QUERY = "select * from orders order by 1"
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}
+_SPREADSHEETS = (".xlsx", ".xls", ".ods", ".numbers")
+
+FindRestaurant = Callable[[str], Awaitable[Restaurant]]
+"""Id -> restaurant. Raises NotFound."""
 
 
 class ImportRow(Struct, frozen=True):
@@ -58,24 +59,43 @@ class _Order(ExternalOrder, kw_only=True):
     restaurant_id: UUID | None = None  # type: ignore[assignment]
 
 
+class SourceOptions(Struct, frozen=True):
+    """What a file does not say itself."""
+
+    encoding: str | None = None
+    """One of text_files.ENCODINGS; None is UTF-8, or UTF-16 if a byte order mark says so."""
+    separator: str | None = None
+    """The character between the columns of a CSV file; None finds it."""
+    decimal: cells.Decimal | None = None
+    """None: the amounts of a CSV file are in minor units. Else they are in major units, with this sign."""
+
+
 class ImportSource(Struct, frozen=True):
     name: str
     kind: str
     """`jsonl`, `csv` or `postgres`."""
     query: str = _QUERY
-
-    @property
-    def digest(self) -> str:
-        """Identifies the source: the hash of the content of a file, or of URL and query without the password."""
-        if self.kind == "postgres":
-            return hashlib.sha256(f"{_without_password(self.name)}|{self.query}".encode()).hexdigest()
-        with Path(self.name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    options: SourceOptions = SourceOptions()
 
     @property
     def shown(self) -> str:
         """The name to show to people, without a password."""
         return _without_password(self.name) if self.kind == "postgres" else self.name
+
+
+class CheckedSource(Struct, frozen=True):
+    """A source that can be read to its end."""
+
+    source: ImportSource
+    restaurant: str | None
+    """The id for rows without restaurant_id."""
+    digest: str
+    """Identifies the rows: the hash of the content of a file and of its options, or of URL and query without the
+    password; and the restaurant."""
+    rows: int | None = None
+    """The number of rows; None for a query."""
+    file: TextFile | None = None
+    csv: CsvFile | None = None
 
 
 def _without_password(url: str) -> str:
@@ -111,216 +131,186 @@ def _has_password(url: str) -> bool:
     return bool(parts.password) or any("pass" in key and key != "passfile" for key, _ in parse_qsl(parts.query))
 
 
-def source_of(name: str, query: str | None) -> ImportSource:
+def source_of(name: str, query: str | None, options: SourceOptions = SourceOptions()) -> ImportSource:  # noqa: B008
     """Returns the source with this file name or URL. Raises InvalidInput."""
     if name.startswith(_SCHEMES):
+        if options != SourceOptions():
+            raise InvalidInput("a query needs no --encoding, --separator or --decimal", field="source")
         return ImportSource(name, "postgres", query or _QUERY)
-    suffix = Path(name).suffix.lower()
-    if suffix not in (".jsonl", ".ndjson", ".csv"):
-        raise InvalidInput("must be a .jsonl or .csv file, or a postgres:// URL", field="source")
+    suffix = Path(name.lower().removesuffix(".gz")).suffix
+    if suffix in _SPREADSHEETS:
+        raise InvalidInput(f"{suffix} files are not read; save the sheet as CSV in UTF-8", field="source")
+    if suffix not in _KINDS:
+        raise InvalidInput("must be a .jsonl or .csv file, also with .gz, or a postgres:// URL", field="source")
+    if query is not None:
+        raise InvalidInput("only a postgres:// source has a query", field="query")
+    if _KINDS[suffix] != "csv" and (options.separator, options.decimal) != (None, None):
+        raise InvalidInput("only CSV files have --separator and --decimal", field="source")
     if not Path(name).is_file():
         raise InvalidInput(f"no such file: {name}", field="source")
     if not os.access(name, os.R_OK):
         raise InvalidInput(f"not readable: {name}", field="source")
-    return ImportSource(name, "csv" if suffix == ".csv" else "jsonl")
+    return ImportSource(name, _KINDS[suffix], options=options)
 
 
-def count(source: ImportSource) -> int | None:
-    """Returns the number of rows, for a progress bar; None if it is not known in advance."""
+def check_source(source: ImportSource, restaurant: str | None) -> CheckedSource:
+    """Reads a whole file, but no row of a query. Raises InvalidInput if the source cannot be read to its end, or if the
+    heading of a CSV file is wrong."""
+    if source.kind == "postgres":
+        digest = hashlib.sha256(f"{_without_password(source.name)}|{source.query}".encode()).hexdigest()
+        return CheckedSource(source, restaurant, f"{digest}:{restaurant or ''}")
+    file = text_files.survey(source.name, source.options.encoding)
+    found = (file.sha256, source.kind, file.codec, source.options.separator, source.options.decimal)
+    digest = f"{hashlib.sha256(repr(found).encode()).hexdigest()}:{restaurant or ''}"
     if source.kind == "jsonl":
-        with Path(source.name).open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    return sum(1 for _ in _csv_groups(source.name)) if source.kind == "csv" else None
+        return CheckedSource(source, restaurant, digest, sum(1 for line in file.lines() if line.strip()), file)
+    csv = csv_files.survey(file, source.options.separator, restaurant)
+    return CheckedSource(source, restaurant, digest, csv.orders, file, csv)
 
 
-def rows(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
-    """Yields the rows of the source. `restaurant`: the id for rows without restaurant_id. Raises InvalidInput if the
-    source cannot be read."""
-    return (_from_postgres if source.kind == "postgres" else _from_file)(source, restaurant)
-
-
-async def _from_file(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
-    if source.kind == "jsonl":
-        for row in _from_jsonl(source.name, restaurant):
+async def rows(checked: CheckedSource, find: FindRestaurant) -> AsyncGenerator[ImportRow, None]:
+    """Yields the rows of the source. Raises InvalidInput if the source cannot be read, and the errors of `find` apart
+    from NotFound."""
+    if checked.csv is not None:
+        reader = _CellReader(checked.restaurant, find, checked.source.options.decimal)
+        for group in csv_files.groups(checked.csv):
+            yield await _csv_row(group, checked.csv.items_in_rows, reader)
+    elif checked.file is not None:
+        for row in _from_jsonl(checked.file, checked.restaurant):
             yield row
-        return
-    for group in _csv_groups(source.name):
-        yield _csv_row(group, restaurant)
+    else:
+        async for row in _from_postgres(checked.source, _CellReader(checked.restaurant, find, None)):
+            yield row
 
 
-def _from_jsonl(name: str, restaurant: str | None) -> Iterator[ImportRow]:
-    with Path(name).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield _row(number, line.removeprefix(BOM_UTF8) if number == 1 else line, restaurant)
+def _from_jsonl(file: TextFile, restaurant: str | None) -> Iterator[ImportRow]:
+    for number, line in enumerate(file.lines(), start=1):
+        if line.strip():
+            yield _row(number, line.encode(), restaurant)
 
 
-# -- CSV ---------------------------------------------------------------------------------------------------------
+# -- cells -----------------------------------------------------------------------------------------------------------
 
 
-class _Cells(Struct):
-    """One record of a CSV file: column -> cell, without empty cells."""
+class _CellReader:
+    """Reads the cells of a row. Amounts in major units and times without a zone need the restaurant of the row."""
 
-    line: int
-    cells: dict[str, str]
-    error: str = ""
-    """The reason why the record cannot be read; empty for a readable record."""
-    unknown: bool = False
-    """True if it is unknown to which order the record belongs."""
+    def __init__(self, default: str | None, find: FindRestaurant, decimal: cells.Decimal | None) -> None:
+        self.default = default
+        self._find = find
+        self._decimal = decimal
 
-    @property
-    def order(self) -> tuple[str, ...]:
-        return tuple(self.cells.get(column, "") for column in ("restaurant_id", "external_id", "convex_id"))
+    async def restaurant(self, told: Any) -> Restaurant | None:
+        """Returns the restaurant of a row, or None if the row names none. Raises ValueError if it is unknown."""
+        if not (id_ := str(told or self.default or "")):
+            return None
+        try:
+            return await self._find(str(UUID(id_)))
+        except NotFound as error:
+            raise ValueError(f"restaurant_id: {error.message}") from error
+        except ValueError:
+            raise ValueError(f"restaurant_id: {cells.shown(id_)} is not an id") from None
 
+    async def read(self, told: dict[str, str], items: Sequence[dict[str, str]]) -> dict[str, Any]:
+        """Returns the fields of an order. `told`: the cells of the order, `items`: those of its items, or nothing if
+        the order has a cell for them. Raises ValueError with the name of the field."""
+        restaurant = None
+        if self._decimal is not None or any(FORMS[column] == "time" for column in told):
+            restaurant = await self.restaurant(told.get("restaurant_id"))
+        value = {column: self._value(column, column, cell, restaurant) for column, cell in told.items()}
+        if items:
+            value["items"] = [
+                {
+                    ITEM_FIELDS[column]: self._value(f"items[{place}].{ITEM_FIELDS[column]}", column, cell, restaurant)
+                    for column, cell in item.items()
+                }
+                for place, item in enumerate(items)
+            ]
+        return value
 
-def _csv_records(name: str) -> Iterator[_Cells]:
-    """Yields the heading, then the records."""
-    csv.field_size_limit(min(sys.maxsize, 10_000_000))
-    heading: list[str] | None = None
-    with Path(name).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.reader(file, strict=True)
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield _Cells(line, {}, f"not CSV: {error}", unknown=True)
-                continue
-            if heading is None:
-                heading = cells
-                yield _Cells(line, dict.fromkeys(cells, ""))
-            elif cells:
-                found = {column: cell for column, cell in zip(heading, cells, strict=False) if column and cell}
-                error_text = "more cells than the heading has columns" if len(cells) > len(heading) else ""
-                yield _Cells(line, found, error_text)
-
-
-def _csv_groups(name: str) -> Iterator[list[_Cells]]:
-    """Yields a list with the records of each order."""
-    records = _csv_records(name)
-    heading = next(records, None)
-    if heading is None:
-        return
-    if heading.error:
-        raise InvalidInput(f"line {heading.line}: {heading.error}", field="source")
-    if "items" in heading.cells:
-        for record in records:
-            yield [record]
-        return
-    group: list[_Cells] = []
-    seen: set[int] = set()
-    unreadable_line = 0  # the line of an unreadable record, which may belong to the previous or to the next order
-    for record in records:
-        if record.unknown:
-            if group:
-                group[0].error = group[0].error or f"line {record.line} may belong to this order and cannot be read"
-                yield group
-            yield [record]
-            group, unreadable_line = [], record.line
-            continue
-        named = any(record.order[1:])
-        if group and (record.order != group[0].order or not named):
-            yield group
-            group = []
-        if unreadable_line:
-            record.error = record.error or f"line {unreadable_line} may belong to this order and cannot be read"
-        elif not group and named and hash(record.order) in seen:
-            record.error = record.error or "the rows of this order do not follow one another"
-        if not group:
-            seen.add(hash(record.order))
-        group.append(record)
-        unreadable_line = 0
-    if group:
-        yield group
+    def _value(self, field: str, column: str, cell: str, restaurant: Restaurant | None) -> Any:
+        match FORMS[column]:
+            case "JSON":
+                return _named(field, _json, cell)
+            case "number":
+                return _named(field, cells.whole_number, cell)
+            case "time":
+                return _named(field, cells.moment, cell, restaurant)
+            case "amount" if self._decimal is None:
+                return _named(field, cells.minor_units, cell)
+            case "amount" if restaurant is not None:
+                return _named(field, cells.major_units, cell, self._decimal, restaurant.currency)
+        return cell
 
 
-def _csv_row(group: list[_Cells], restaurant: str | None) -> ImportRow:
-    """Builds one row from the records of an order. Only the item is read from the records after the first one."""
-    line = group[0].line
-    for record in group:
-        if record.error:
-            return ImportRow(line, None, record.error if record.line == line else f"line {record.line}: {record.error}")
-    value: dict[str, Any] = dict(group[0].cells)
+def _named(field: str, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls `read`. Raises its ValueError with the name of the field."""
     try:
-        for field in _JSON:
-            if field in value:
-                value[field] = _json(field, value[field])
-        for field in _INTS:
-            if field in value:
-                value[field] = _integer(field, value[field])
-        for field in _TIMES:
-            if field in value:
-                value[field] = _time(value[field])
-        if "items" not in value:
-            value["items"] = [_item(place, record.cells) for place, record in enumerate(group)]
-            for column in _ITEM:
-                value.pop(column, None)
+        return read(*arguments)
     except ValueError as error:
-        return ImportRow(line, None, str(error))
-    return _encoded_row(line, value, restaurant)
+        raise ValueError(f"{field}: {error}") from error
 
 
-def _item(place: int, cells: dict[str, str]) -> dict[str, Any]:
-    """Returns the item of a record. Raises ValueError."""
-    found: dict[str, Any] = {field: cells[column] for column, field in _ITEM.items() if column in cells}
-    for field in ("quantity", "unit_price"):
-        if field in found:
-            found[field] = _integer(f"items[{place}].{field}", found[field])
-    return found
+async def _csv_row(group: list[Record], items_in_rows: bool, reader: _CellReader) -> ImportRow:
+    """Builds one row from the records of an order."""
+    error = group[0].error
+    if not error:
+        items = [record.item for record in group] if items_in_rows else []
+        try:
+            row = _encoded_row(group[0].line, await reader.read(csv_files.cells_of(group), items), reader.default)
+        except ValueError as fault:
+            error = str(fault)
+        else:
+            if row.order is not None:
+                return row
+            error = row.error
+    return ImportRow(group[0].line, None, csv_files.with_lines(error, group))
 
 
-def _json(field: str, text: str) -> Any:
-    """Decodes a cell that holds JSON. Raises ValueError, which names the field."""
+def _json(text: str) -> Any:
     try:
         return msgspec.json.decode(text.encode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{field}: not JSON: {error}") from error
-
-
-def _integer(field: str, text: str) -> int:
-    """Converts a cell to an integer. Raises ValueError, which names the field."""
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{field}: {text!r} is not a whole number of minor units") from None
-
-
-def _time(text: str) -> datetime | str:
-    """Parses the time formats of PostgreSQL and spreadsheets. Returns other texts unchanged: the decoder refuses them
-    and names the field."""
-    try:
-        return datetime.fromisoformat(text)
-    except ValueError:
-        return text
+        raise ValueError(f"not JSON: {error}") from error
 
 
 # -- a query -----------------------------------------------------------------------------------------------------
 
 
-async def _from_postgres(source: ImportSource, restaurant: str | None) -> AsyncGenerator[ImportRow, None]:
+async def _from_postgres(source: ImportSource, reader: _CellReader) -> AsyncGenerator[ImportRow, None]:
     connection = await asyncpg.connect(source.name, timeout=10)
     try:
         async with connection.transaction(readonly=True):
+            statement = await connection.prepare(source.query)
+            heading = [attribute.name for attribute in statement.get_attributes()]
+            if fault := heading_fault(heading, restaurant_told=reader.default is not None):
+                raise InvalidInput(fault, field="query")
+            if "items" not in heading:
+                raise InvalidInput("the column items is missing; a query has one row for each order", field="query")
             number = 0
-            async for record in connection.cursor(source.query, prefetch=500):
+            async for record in statement.cursor(prefetch=500):
                 number += 1
-                value = {key: json_value(cell) for key, cell in record.items() if cell is not None}
-                try:
-                    for field in _JSON:
-                        if isinstance(value.get(field), str):
-                            value[field] = _json(field, value[field])
-                except ValueError as error:
-                    yield ImportRow(number, None, str(error))
-                    continue
-                yield _encoded_row(number, value, restaurant)
+                yield await _query_row(number, {key: json_value(cell) for key, cell in record.items()}, reader)
     except UNAVAILABLE:
         raise
     except asyncpg.PostgresError as error:
         raise InvalidInput(f"the source refuses the query: {error}", field="query") from error
     finally:
         await connection.close(timeout=5)
+
+
+async def _query_row(number: int, value: dict[str, Any], reader: _CellReader) -> ImportRow:
+    value = {column: cell for column, cell in value.items() if cell is not None}
+    try:
+        for column, cell in value.items():
+            if FORMS[column] == "JSON" and isinstance(cell, str):
+                value[column] = _named(column, _json, cell)
+            elif isinstance(cell, datetime) and cell.tzinfo is None:
+                restaurant = await reader.restaurant(value.get("restaurant_id"))
+                value[column] = _named(column, cells.moment, str(cell), restaurant)
+    except ValueError as error:
+        return ImportRow(number, None, str(error))
+    return _encoded_row(number, value, reader.default)
 
 
 def json_value(cell: Any) -> Any:
@@ -339,22 +329,9 @@ def json_value(cell: Any) -> Any:
 def _encoded_row(line: int, value: dict[str, Any], restaurant: str | None) -> ImportRow:
     try:
         encoded = msgspec.json.encode(value)
-    except UnicodeEncodeError:
-        return ImportRow(line, None, f"{_unreadable(value)}: text that is not UTF-8")
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         return ImportRow(line, None, str(error))
     return _row(line, encoded, restaurant)
-
-
-def _unreadable(value: dict[str, Any]) -> str:
-    """Returns the name of the field whose text is not UTF-8."""
-    for field, content in value.items():
-        try:
-            field.encode()
-            json.dumps(content, ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            return field.encode(errors="replace").decode()
-    return "body"
 
 
 def _row(line: int, encoded: bytes, restaurant: str | None) -> ImportRow:
