@@ -49,6 +49,7 @@ for package in "$@"; do
     rabbitmq-server) units="$units rabbitmq-server $(command -v epmd >/dev/null 2>&1 || echo epmd.service epmd.socket)" ;;
     redis-server) units="$units redis-server valkey-server" ;;
     postgresql) units="$units postgresql" ;;
+    nginx-light) units="$units nginx" ;;
     esac
 done
 

@@ -54,6 +54,12 @@ def ensure_faketime() -> Path:
     return _required(_faketime())
 
 
+def ensure_nginx() -> Path:
+    """Installs nginx, with which tests start the gateway of docker-compose.yml, and returns its program."""
+    _install(lambda: [] if _on_path("nginx") else ["nginx-light"])
+    return _required(_on_path("nginx"))
+
+
 def _install(missing: Callable[[], list[str]]) -> None:
     """Installs the packages that `missing` returns. Raises PackagesMissing if it still returns some."""
     packages = missing()
