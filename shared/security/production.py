@@ -32,6 +32,7 @@ _UNVERIFIED = {
     "no_verify_ssl": ("1", "true", "yes", "on"),
     "ssl_cert_reqs": ("none", "optional"),
     "ssl_check_hostname": ("0", "false", "no"),
+    "sslmode": ("allow", "prefer", "require"),  # PostgreSQL's words for TLS with any certificate
 }
 """Parameters of URLs that switch the check of a certificate off, with the values that do so."""
 
@@ -70,7 +71,7 @@ def refusals(settings: "Settings") -> Iterator[str]:
         for url in host_urls(getattr(settings, name)) if getattr(settings, name) else ():
             for parameter, value in parse_qsl(urlsplit(url).query):
                 if value.lower() in _UNVERIFIED.get(parameter, ()):
-                    yield f"{variable(name)} has {parameter}={value}, which trusts every server; remove it"
+                    yield f"{variable(name)} has {parameter}={value}, which trusts every server; check certificates"
 
 
 def _shared_secrets(settings: "Settings") -> Iterator[str]:

@@ -107,6 +107,7 @@ def test_development_accepts_the_default_secrets() -> None:
             for kind in ("access", "refresh", "guest")
         ),
         ({"rabbitmq_url": f"amqps://t:{STRONG}@rabbitmq/?no_verify_ssl=1"}, "TICKETRAIL_RABBITMQ_URL"),
+        ({"database_api_url": f"postgresql://t:{STRONG}@pg/t?sslmode=require"}, "TICKETRAIL_DATABASE_API_URL"),
         ({"redis_url": f"rediss://:{STRONG}@a/0,rediss://:{STRONG}@b/0?ssl_cert_reqs=none"}, "TICKETRAIL_REDIS_URL"),
     ],
     # The passwords are random, and the processes of one run must agree on the names of tests.
