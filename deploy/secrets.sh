@@ -5,7 +5,7 @@
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd -P)
-file=${1:-$here/../.env}
+file=${1:-$(dirname "$here")/.env}
 umask 077
 
 secret() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
@@ -32,4 +32,4 @@ if [ ! -s "$keys/jwt_private_key.pem" ]; then
     mv "$keys/jwt_private_key.new" "$keys/jwt_private_key.pem"
     created=$((created + 1))
 fi
-echo "$created secrets created in $file"
+echo "$created secrets created in $file and $keys"
