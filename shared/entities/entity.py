@@ -97,10 +97,13 @@ class Facts(_Rows):
 
     parent: str
     field: str
-    """The field of the state that contains the facts."""
+    """The field of the state that contains the facts, itself or in its elements."""
+    nested: Callable[[Any], Sequence[Struct]] | None = None
+    """Returns the facts in the elements of the field as rows, which may also name their element. None if the elements
+    are the facts."""
 
     def rows(self, state: Any) -> Sequence[Struct]:
-        found: Sequence[Struct] = getattr(state, self.field)
+        found: Sequence[Struct] = getattr(state, self.field) if self.nested is None else self.nested(state)
         return found
 
 

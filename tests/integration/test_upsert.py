@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from itertools import pairwise
 from typing import Any
@@ -13,15 +14,23 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec import Struct, structs
 
+from services.sync.writer import upsert
 from services.sync.writer.upsert import DecodedChange, Outcome, write_batch
 from shared.entities import registry
 from shared.entities.contract import BrokenContract, Change, Lane, decode_change, encode
+from shared.entities.entity import Entity, Facts, columns
+from shared.entities.order import ENTITY as ORDER
 from shared.entities.order import Customization, Order, OrderStatus, PaymentStatus
+from shared.entities.order import state as law
+from shared.entities.order.lines import NewVoid, void
 from shared.entities.table import DiningTable
 from shared.postgres.migrate import migrate
 from shared.settings import Settings
+from tests.rigs import order_law
 from tests.rigs.builders import CREATED_AT, RESTAURANT, change, item, menu_item, order, payment
+from tests.rigs.newer_release import registered
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
 
@@ -198,6 +207,61 @@ async def test_payments_of_the_superseded_side_of_a_fork_are_kept(database: Data
     await write(database, loser, base)
     amounts = await database.fetch("select amount from payments order by amount")
     assert [row["amount"] for row in amounts] == [100, 200]
+
+
+class VoidOfLine(Struct, frozen=True):
+    id: str
+    line_id: str
+    at: datetime
+
+
+def _voids(order: law.Order) -> list[VoidOfLine]:
+    return [VoidOfLine(void.id, line.id, void.at) for line in order.items for void in line.voids]
+
+
+@pytest.fixture
+async def order_with_voids(owner: Database, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Entity]:
+    """An entity whose facts are in its lines."""
+    voids = Facts(
+        name="test_voids",
+        parent="order_id",
+        columns=tuple(columns("line_id uuid", "at timestamptz")),
+        field="items",
+        nested=_voids,
+    )
+    entity = replace(ORDER, state=law.Order, children=(), facts=(*ORDER.facts, voids))
+    await owner.execute(
+        "create table test_voids (restaurant_id uuid, order_id uuid, id uuid, line_id uuid, at timestamptz,"
+        " primary key (restaurant_id, order_id, id)); grant select, insert on test_voids to ticketrail_writer"
+    )
+    monkeypatch.setitem(upsert._STATEMENTS, ORDER.name, upsert._statements(entity))  # noqa: SLF001
+    with registered(entity):
+        yield entity
+    await owner.execute("drop table test_voids")
+
+
+async def test_facts_of_a_line_are_kept_from_every_side_of_a_fork(database: Database, order_with_voids: Entity) -> None:
+    placed = order_law.placed(order_law.line("soup", 900, 5), order_law.line("tea", 300, 5))
+    base = change(placed)
+    ours, theirs = [
+        void(placed, order_law.act(2), NewVoid(id=order_law.named(f"void of {name}"), line=order_law.named(name)))
+        for name in ("soup", "tea")
+    ]
+    sides = [change(side, base=base) for side in (ours, theirs)]
+    await write(database, *sides)
+    await write(database, base, sides[0])
+    assert {(str(row["id"]), str(row["line_id"]), row["at"]) for row in await database.fetch("table test_voids")} == {
+        (order_law.named(f"void of {name}"), order_law.named(name), ours.updated_at) for name in ("soup", "tea")
+    }
+
+
+def test_times_of_facts_in_a_line_must_be_in_range(order_with_voids: Entity) -> None:
+    placed = order_law.placed(order_law.line("soup", 900, 5))
+    gone = void(placed, order_law.act(2), NewVoid(id=order_law.named("gone"), line=order_law.named("soup")))
+    (soup,) = gone.items
+    late = structs.replace(soup.voids[0], at=datetime.max.replace(tzinfo=UTC))
+    with pytest.raises(BrokenContract, match=r"test_voids.at is out of range"):
+        registry.read(change(structs.replace(gone, items=(structs.replace(soup, voids=(late,)),))))
 
 
 async def test_items_follow_the_head(database: Database) -> None:
