@@ -19,7 +19,7 @@ Pure. The result, decoded, is exactly the new state.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import msgspec
@@ -52,17 +52,28 @@ def overlay(base: bytes, state: Struct) -> bytes:
     return _merged(_layout(type(state)), base, _encoder.encode(state))
 
 
-def old_values(base: bytes, changed: Mapping[str, Any], state: Struct, encoded: bytes) -> bytes:
+def old_values(
+    base: bytes, changed: Mapping[str, Any], state: Struct, encoded: bytes, *, partly: Set[str] = frozenset()
+) -> bytes:
     """Returns the old values of the fields in which `encoded`, the encoded `state`, differs from the encoded state
-    `base`, as a JSON object. `changed`: those of the fields that the Struct knows (`contract.changed_fields`)."""
+    `base`, as a JSON object. `changed`: those of the fields that the Struct knows (`contract.changed_fields`).
+    `partly`: the lists of which only the elements that `encoded` lacks are returned."""
     before, after = _fields.decode(base), _fields.decode(encoded)
     known = _layout(type(state)).known
+    for name in partly & changed.keys() & before.keys():
+        before[name] = _gone(before[name], after.get(name, Raw(b"[]")))
     return _encoder.encode(
         {
             **{name: before.get(name, value) for name, value in changed.items()},
             **{name: old for name, old in before.items() if name not in known and after.get(name) != old},
         }
     )
+
+
+def _gone(old: Raw, new: Raw) -> Raw:
+    """Returns the elements of the list `old` that the list `new` lacks."""
+    kept = {bytes(element) for element in _elements.decode(new)}
+    return Raw(b"[" + b",".join(one for element in _elements.decode(old) if (one := bytes(element)) not in kept) + b"]")
 
 
 def with_field(encoded: bytes, name: str, value: bytes | None) -> bytes:

@@ -72,7 +72,8 @@ def change_of(draft: Draft) -> Change:
     on = draft.base
     schema, after = draft.entity.encode_state(draft.state, draft.made_from or (on.raw if on else None))
     changed = changed_fields(draft.before, draft.state)
-    before = old_values(on.raw, changed, draft.state, after) if on else encode(changed)
+    partly = draft.entity.partly_before
+    before = old_values(on.raw, changed, draft.state, after, partly=partly) if on else encode(changed)
     version = on.head.version + 1 if on else 1
     base = on.head.change_id if on else None
     type_ = draft.entity.type(draft.event, schema)

@@ -1,6 +1,7 @@
 """A new state over the encoded state that it was made from: fields that the Struct does not know are kept."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import hypothesis.strategies as st
@@ -9,12 +10,15 @@ import pytest
 from hypothesis import given
 from msgspec import Meta, Struct, structs
 
-from shared.entities.contract import changed_fields, encode
-from shared.entities.order import Customization, Order, StockHold
+from shared.entities.contract import Head, changed_fields, encode
+from shared.entities.order import Customization, Order, StockHold, lines, registers
+from shared.entities.order import state as law
 from shared.entities.overlay import field_of, old_values, overlay, with_field
 from shared.entities.registry import ENTITIES
+from shared.rail.draft import Draft, change_of
+from shared.rail.head import Standing
 from tests.contract.freeze import CREATED, ORDER
-from tests.rigs import builders
+from tests.rigs import builders, order_law
 
 
 def newer(state: Struct) -> bytes:
@@ -160,6 +164,31 @@ def test_old_values_are_those_of_the_base_with_their_unknown_fields() -> None:
     }
     # A state that was not made from the base lacks its unknown field, and so `before` tells it.
     assert msgspec.json.decode(old_values(base, {}, before, encode(before))) == {"newer": "of $"}
+
+
+def test_of_1000_lines_the_old_value_holds_the_one_that_changed() -> None:
+    entity = replace(ENTITIES["order"], state=law.Order, partly_before=frozenset({"items"}))
+    new = [order_law.line(f"dish {n}", 1_000) for n in range(1_000)]
+    placed = order_law.placed(*new[:999])
+    base = newer(placed)
+    voids, adds, notes = (
+        lines.void(placed, order_law.act(2), lines.NewVoid(id=order_law.named("void"), line=new[7].id)),
+        lines.add_lines(placed, order_law.act(2), new[999:]),
+        registers.edit_order(placed, order_law.act(2), notes="quick"),
+    )
+
+    def old(after: law.Order) -> dict[str, Any]:
+        on = Standing(Head(1, order_law.named("change")), placed, base)
+        made = change_of(
+            Draft(entity=entity, event="updated", state=after, base=on, at=after.updated_at, source="orders")
+        )
+        return msgspec.json.decode(made.data.before)
+
+    (line,) = old(voids)["items"]
+    assert line == msgspec.json.decode(base)["items"][7]
+    assert old(voids)["subtotal"] == 999_000
+    assert old(adds)["items"] == []
+    assert "items" not in old(notes)
 
 
 def test_one_field_is_replaced_and_all_others_stay_as_they_are() -> None:
