@@ -18,7 +18,7 @@ from services.notifier.hub import Hub
 from services.notifier.streams import Caps, OpenStreams
 from services.notifier.transports import API
 from services.notifier.window import Window
-from shared.http.api_keys import ApiKeys
+from shared.http.api_key_verifier import ApiKeyVerifier
 from shared.http.origins import AllowedOrigins
 from shared.http.response_headers import ResponseHeaders
 from shared.http.server import stop_event
@@ -136,7 +136,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         readiness=lambda: readiness(parts),
         lifespan=lifespan,
         tokens=parts.tokens,
-        api_keys=ApiKeys(parts.postgres, None, settings),
+        api_keys=ApiKeyVerifier(parts.postgres, None, settings),
         tracer=parts.tracer,
         metrics=parts.metrics,
         limits_mirror=None,  # the notifier reads the log and needs no mirror

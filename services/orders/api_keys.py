@@ -1,4 +1,4 @@
-"""The API keys of restaurants in PostgreSQL, as plain rows. shared/http/api_keys.py verifies them."""
+"""The API keys of restaurants in PostgreSQL, as plain rows. shared/http/api_key_verifier.py verifies them."""
 
 import hmac
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from shared.entities.contract import now
 from shared.errors import Conflict, InvalidInput, NotFound, OutcomeUnknown, Unavailable
 from shared.postgres.pool import UNAVAILABLE, Connection, Postgres
 from shared.rail.idempotency import key_reused
-from shared.security.api_keys import derived_key, new_key
+from shared.security.api_key_text import derived_key, new_key
 from shared.security.permissions import Scope
 from shared.security.tokens import Tokens
 

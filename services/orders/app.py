@@ -24,7 +24,7 @@ from services.orders.route_context import RouteContext
 from services.orders.routes import API
 from services.orders.sign_in import SignIn
 from shared.entities.contract import now
-from shared.http.api_keys import ApiKeys
+from shared.http.api_key_verifier import ApiKeyVerifier
 from shared.http.limits import Rate, TokenBucket
 from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_service, settings_of_service
@@ -253,7 +253,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         readiness=lambda: readiness(parts),
         lifespan=lifespan,
         tokens=parts.tokens,
-        api_keys=ApiKeys(parts.postgres, parts.rail_parts.mirror, settings),
+        api_keys=ApiKeyVerifier(parts.postgres, parts.rail_parts.mirror, settings),
         tracer=parts.tracer,
         metrics=parts.metrics,
         limits_mirror=parts.rail_parts.mirror,

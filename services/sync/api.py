@@ -18,7 +18,7 @@ from services.sync.ledger import routes as ledger_routes
 from services.sync.mirror import routes as mirror_routes
 from services.sync.sync_context import SyncContext
 from shared.entities.contract import now
-from shared.http.api_keys import ApiKeys
+from shared.http.api_key_verifier import ApiKeyVerifier
 from shared.http.openapi import Api
 from shared.http.response_headers import ResponseHeaders
 from shared.http.service import create_service, settings_of_service
@@ -165,7 +165,7 @@ def create(settings: Settings | None = None) -> ResponseHeaders:
         readiness=lambda: readiness(parts),
         lifespan=lifespan,
         tokens=parts.tokens,
-        api_keys=ApiKeys(parts.postgres, parts.rail_parts.mirror, settings),
+        api_keys=ApiKeyVerifier(parts.postgres, parts.rail_parts.mirror, settings),
         tracer=parts.tracer,
         metrics=parts.metrics,
         limits_mirror=parts.rail_parts.mirror,

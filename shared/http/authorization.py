@@ -10,7 +10,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from opentelemetry.trace import SpanKind
 
 from shared.errors import Forbidden, InvalidInput, Unauthenticated
-from shared.http.api_keys import ApiKeys
+from shared.http.api_key_verifier import ApiKeyVerifier
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import discard_body
 from shared.http.client_address import TrustedProxies
@@ -22,7 +22,7 @@ from shared.http.response_headers import REPLY_HEADERS
 from shared.observability import tracing
 from shared.observability.metrics import HttpMetrics
 from shared.observability.tracing import Tracer
-from shared.security.api_keys import MARK
+from shared.security.api_key_text import MARK
 from shared.security.permissions import PUBLIC, may, scopes_for
 from shared.security.tokens import Grant, Tokens
 
@@ -50,7 +50,7 @@ class Authorization:
         self,
         app: ASGIApp,
         tokens: Tokens,
-        api_keys: ApiKeys | None,
+        api_keys: ApiKeyVerifier | None,
         tracer: Tracer,
         metrics: HttpMetrics,
         limits: Limits | None,
@@ -214,7 +214,7 @@ def authorization(
     limits: Limits | None = None,
     *,
     proxies: str = "",
-    api_keys: ApiKeys | None = None,
+    api_keys: ApiKeyVerifier | None = None,
 ) -> Callable[[ASGIApp], ASGIApp]:
     """Returns the middleware in the form that Litestar's list of middleware takes. Without `limits` there is no rate
     limit, and without `api_keys` only tokens are accepted."""

@@ -11,7 +11,7 @@ from litestar.enums import HttpMethod
 from litestar.handlers import HTTPRouteHandler
 
 from shared.http.api_docs import pages
-from shared.http.api_keys import ApiKeys
+from shared.http.api_key_verifier import ApiKeyVerifier
 from shared.http.authorization import ACTION, authorization
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import Call
@@ -52,7 +52,7 @@ def create_service(
     readiness: Readiness,
     lifespan: Lifespan,
     tokens: Tokens,
-    api_keys: ApiKeys,
+    api_keys: ApiKeyVerifier,
     tracer: Tracer,
     metrics: Metrics,
     limits_mirror: Mirror | None,

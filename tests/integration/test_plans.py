@@ -17,7 +17,7 @@ import pytest
 from msgspec import Struct
 
 from benchmarks.history import DAYS, History, fill
-from services.orders import audit
+from services.orders import audit_reads
 from services.orders.derived_figures import DerivedFigures
 from services.orders.entity_reads import EntityReads
 from services.sync.mirror.sync_status import sync_status
@@ -82,7 +82,7 @@ def audited(limit: int = PAGE_ROWS, **fields: Any) -> Callable[[Database], Await
     async def listed(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         async with database.api.tenant(database.restaurant.id) as connection:
-            return await audit.changes(connection, database.restaurant.id, **{**nothing, **chosen}, limit=limit)
+            return await audit_reads.changes(connection, database.restaurant.id, **{**nothing, **chosen}, limit=limit)
 
     return listed
 

@@ -8,7 +8,7 @@ import msgspec
 from litestar.types import ASGIApp
 from msgspec import Meta, Struct
 
-from services.orders import audit
+from services.orders import audit_reads
 from services.orders.requests import Request
 from services.orders.route_context import context_of
 from shared.entities import registry
@@ -22,7 +22,7 @@ from shared.http.replies import success
 from shared.http.texts import END, Label
 from shared.postgres.pool import UNAVAILABLE
 
-_ENTITIES = (*registry.ENTITIES, *audit.IDENTITIES)
+_ENTITIES = (*registry.ENTITIES, *audit_reads.IDENTITIES)
 _Entity = Annotated[
     str,
     Meta(
@@ -78,7 +78,7 @@ async def list_audit(request: Call) -> ASGIApp:
     at, id_ = read_cursor(query.cursor) if query.cursor else (None, None)
     try:
         async with context_of(request).postgres.tenant(tenant) as connection:
-            read: Any = audit.identity_events if query.entity in audit.IDENTITIES else audit.changes
+            read: Any = audit_reads.identity_events if query.entity in audit_reads.IDENTITIES else audit_reads.changes
             rows = await read(
                 connection,
                 tenant,

@@ -25,7 +25,7 @@ from shared.rail.head import Heads
 from shared.rail.idempotency import Creations
 from shared.rail.outcomes import ClaimLost, Committed
 from shared.restaurants import Restaurant
-from shared.security.api_keys import derived_key
+from shared.security.api_key_text import derived_key
 from shared.security.permissions import Scope
 from shared.security.tokens import Identity, Role, Tokens
 

@@ -25,7 +25,7 @@ from shared.http.limits import Rate, TokenBucket, counted_as
 from shared.mirror.connection import MirrorInDoubt, MirrorUnavailable
 from shared.mirror.mirror import Mirror
 from shared.postgres.pool import UNAVAILABLE, Postgres
-from shared.security.api_keys import digest_of, prefix_of
+from shared.security.api_key_text import digest_of, prefix_of
 from shared.security.tokens import Grant, Identity, Role
 from shared.settings import Settings
 
@@ -51,7 +51,7 @@ class _Known(Struct):
         return self.expires_at is not None and self.expires_at.timestamp() <= time.time()
 
 
-class ApiKeys:
+class ApiKeyVerifier:
     def __init__(self, postgres: Postgres, mirror: Mirror | None, settings: Settings) -> None:
         """`postgres`: a pool of the api role. `mirror`: counts failures for all instances; without it, each counts
         alone."""

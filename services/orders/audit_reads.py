@@ -1,4 +1,5 @@
-"""Reads the changes and the audit of identity in PostgreSQL."""
+"""Reads the changes and the audit of identity in PostgreSQL. The triggers and functions of
+shared/postgres/migrations/0008_identity.sql write the audit of identity, such as each sign-in."""
 
 from datetime import datetime
 from typing import Any
@@ -8,7 +9,7 @@ from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
 IDENTITIES = ("user", "api_key")
-"""What has no changes, because it is identity; `identity_events` says what happened to it."""
+"""These are identity, so they have no changes. The table `identity_events` records their history."""
 _FREQUENT_ENTITY = order.ENTITY.name
 """Nearly all changes are changes of orders. The changes of other entities have their own index (changes_newest_of)."""
 
