@@ -184,7 +184,8 @@ class _DatabaseWatch:
         )
 
     async def latencies(self, counts: Callable[[SentOrder], bool]) -> list[float]:
-        """Waits until PostgreSQL has all sent orders. Returns the milliseconds of those for which `counts` is true."""
+        """Waits until PostgreSQL has all sent orders. Returns the milliseconds of the orders for which `counts` is
+        true."""
         deadline = time.monotonic() + _TIMEOUT_SECONDS
         while len(self._seen) < len(self._sent):
             if self._task.done() or time.monotonic() > deadline:

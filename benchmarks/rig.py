@@ -251,7 +251,7 @@ class BenchmarkRig:
         worker.freeze()
 
     def purge(self) -> None:
-        """Empties the lanes of what an earlier run has left."""
+        """Empties the lanes of the messages of an earlier run."""
         for lane in Lane:
             ask(self.management_url, "DELETE", f"/api/queues/%2F/{lane_queue(lane)}/contents")
 

@@ -1,4 +1,4 @@
-"""What do traces cost?
+"""Measures the cost of traces.
 
 Two orders services run side by side, and the load goes to them in turn. One keeps 10 % of the traces in files, as by
 default in production; the other keeps none. The sync worker is frozen meanwhile.

@@ -67,7 +67,7 @@ async def _synced(rig: BenchmarkRig, orders: RunningProgram, seconds: float) -> 
         while not load.done() or unsynced or noted < len(sent):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{len(unsynced)} orders were not synced in time")
-            known, noted = noted, len(sent)  # the orders that were answered before this look
+            known, noted = noted, len(sent)  # the orders that had a reply before this look
             unsynced |= {one.order_id: one.answered for one in sent[known:noted]}
             async with redis.pipeline(transaction=False) as pipeline:
                 for one in rig.restaurants:
@@ -93,7 +93,7 @@ async def _warm_again(rig: BenchmarkRig, orders: RunningProgram) -> float:
         began = time.monotonic()
         while (status := (await _ask(rig, orders, "PUT", path, b'{"notes": "%d"}' % number))[0]) != 200:
             if status != 503 or load.done():
-                raise RuntimeError(f"a change was answered {status}") from (load.exception() if load.done() else None)
+                raise RuntimeError(f"a change got {status}") from (load.exception() if load.done() else None)
             number += 1
             await asyncio.sleep(_LOOK_INTERVAL_SECONDS)
         return time.monotonic() - began

@@ -13,7 +13,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["api"]
 root_doc = "index"
 nitpicky = True
-# Console output and JSON with an ellipsis are no valid code of their language: they are shown without colours.
+# Console output and JSON with an ellipsis are not valid code of their language, so they have no colours.
 suppress_warnings = ["misc.highlighting_failure"]
 
 myst_heading_anchors = 3

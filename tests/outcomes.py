@@ -1,9 +1,9 @@
 """A pytest plugin that writes the outcomes of a run into the JSON file that TICKETRAIL_OUTCOMES names; see
 `retry_failed`.
 
-`passed` and `failed` are lists of node ids. `broken` is a list of sentences about problems that are no failed tests and
-that no second try excuses, such as a collection error or a crashed worker. The plugin writes the file at the end of the
-session; a run that dies earlier leaves no file.
+`passed` and `failed` are lists of node ids. `broken` is a list of sentences about problems other than failed tests,
+which no second try excuses, such as a collection error or a crashed worker. The plugin writes the file at the end of
+the session; a run that dies earlier leaves no file.
 """
 
 import json

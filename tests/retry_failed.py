@@ -46,7 +46,7 @@ def main(arguments: Sequence[str], *, logs: Path = LOGS) -> int:
     if first.code == 0 and not first.broken:
         return 0
     for sentence in first.broken:
-        print(f"this is no failed test, so it is not tried again: {sentence}")
+        print(f"this is not a failed test, so it is not tried again: {sentence}")
     if not first.repeatable:
         print(f"FAILED with exit code {first.code} and {len(first.failed)} failed tests; log: {first.log}")
         return first.code if first.code > 0 else 1

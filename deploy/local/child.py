@@ -3,7 +3,7 @@
 - It sends signals only to the processes of this tree, which it finds by their parents, never by name.
 - The program has its own session, so that Ctrl-C in the terminal reaches the runner and not the program.
 - When the process that started the program dies, even by kill -9, the kernel sends `death_signal` to the program.
-- It is no error to stop or kill a program twice, or after it has ended.
+- Stopping or killing a program twice, or after it has ended, is not an error.
 """
 
 import contextlib

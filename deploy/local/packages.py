@@ -1,7 +1,7 @@
 """Finds the programs of RabbitMQ, PostgreSQL and Redis, and installs missing packages if it can.
 
 `ensure` returns when every program is present, and otherwise raises `PackagesMissing`. It never starts, stops or
-configures a server that belongs to the machine; apt-install.sh sees to that.
+configures a server that belongs to the machine; apt-install.sh does that.
 """
 
 import os

@@ -313,7 +313,7 @@ class Hub:
             self.end(subscriber, "restart", retry_after=jittered(_RESTART_SECONDS))
 
     def end(self, subscriber: Subscriber, reason: str, *, retry_after: float = 0.0, discard: bool = False) -> None:
-        """Ends a stream; its last event is `closing`. `discard`: the client gets nothing more that waits for it."""
+        """Ends a stream; its last event is `closing`. `discard` drops the events that wait for the client."""
         if subscriber.ended:
             return
         if discard:

@@ -7,7 +7,7 @@ from services.notifier.window import Window
 
 def missed_events(window: Window, tenant: str, cursor: Cursor, *, limit: int) -> list[PushEvent] | str:
     """Returns at most `limit` of the tenant's events after the cursor, oldest first, or the reason for a resync:
-    `unreadable` (it is no cursor), `too_old` (the window does not hold every event after it) or `truncated` (the log
+    `unreadable` (it is not a cursor), `too_old` (the window does not hold every event after it) or `truncated` (the log
     does not have the message of the cursor: it has lost its end, or was created again)."""
     if cursor == UNREADABLE:
         return "unreadable"

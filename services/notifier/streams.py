@@ -105,7 +105,7 @@ class OpenStreams:
 
     def _end(self, stream: OpenStream, reason: str) -> None:
         log.info("stream_ended", reason=reason, restaurant_id=stream.grant.identity.tenant)
-        # Who was shut out gets nothing more, not even what waited for it.
+        # A client whose session was revoked does not get the events that wait for it either.
         self._hub.end(stream.subscriber, reason, discard=reason == "revoked")
         self.leave(stream)
 

@@ -46,7 +46,7 @@ class User(Struct, frozen=True, kw_only=True):
 
 
 class Session(Struct, frozen=True):
-    """What access tokens of a session carry."""
+    """The part of a session that its access tokens carry."""
 
     family: str
     """The id that all refresh tokens of the session share."""

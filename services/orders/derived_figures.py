@@ -195,8 +195,8 @@ class DerivedFigures:
         return None if row is None else type_(**{name: value for name, value in row.items() if value is not None})
 
     async def available(self, restaurant: str, items: list[InventoryItem]) -> list[dict[str, Any]]:
-        """Returns `available`, `held` and `low` (at or below `low_at`) of each item, or None while unknown. What the
-        mirror says is held is exact. Without the mirror it comes from PostgreSQL and is late by the sync lag."""
+        """Returns `available`, `held` and `low` (at or below `low_at`) of each item, or None while unknown. The held
+        amount of the mirror is exact. Without the mirror it comes from PostgreSQL and is late by the sync lag."""
         held: dict[str, int] = {}
         with contextlib.suppress(MirrorUnavailable, MirrorInDoubt):
             stock = await self._mirror.stock(restaurant, [one.id for one in items])

@@ -1,4 +1,4 @@
-"""The Idempotency-Key of a request, and whom it belongs to. What a repeat means is in shared/rail/idempotency.py."""
+"""The Idempotency-Key of a request, and its owner. shared/rail/idempotency.py says what a repeat does."""
 
 from uuid import UUID
 

@@ -176,8 +176,8 @@ class SignIn:
         log.info("signed_out", address=address)
 
     async def change_password(self, user_id: str, current: str, new: str, address: str) -> None:
-        """Changes the password of the caller and ends all its sessions. Raises NotFound for a guest, who has no
-        account, InvalidInput, Conflict, TooManyRequests."""
+        """Changes the password of the caller and ends all its sessions. Raises InvalidInput, Conflict, TooManyRequests,
+        and NotFound for a guest, who has no account."""
         found = await self._accounts.email_and_password_of(user_id)
         if found is None:
             raise NotFound("this token belongs to no account with a password")

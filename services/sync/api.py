@@ -42,7 +42,7 @@ class HeartbeatProbe:
     """Reads the heartbeats for `/health/ready`.
 
     Supervisors give up a probe after a few seconds, and a frozen PostgreSQL takes longer to fail. So a probe waits for
-    a second at most. The query goes on, and later probes wait for the same one.
+    a second at most. The query continues, and later probes wait for the same one.
     """
 
     def __init__(self, postgres: Postgres) -> None:

@@ -34,7 +34,7 @@ class Since(click.ParamType[datetime]):
 
 
 def _moment(text: str) -> datetime:
-    """Raises ValueError if the text is no moment, and OverflowError if its year is not from 1 to 9999."""
+    """Raises ValueError if the text is not a moment, and OverflowError if its year is not from 1 to 9999."""
     if found := re.fullmatch(r"(\d{1,6})([smhd])", text):
         return now() - timedelta(seconds=int(found[1]) * _UNIT_SECONDS[found[2]])
     at = datetime.fromisoformat(text)

@@ -28,8 +28,8 @@ async def commit(
     actor: str,
     made_from: bytes | None = None,
 ) -> str:
-    """Commits a change at head version + 1 and returns its id. `base`: what stands of the entity, or None if it does
-    not exist. `made_from`: see Draft. `event` is replaced by `created` if `base` is None; otherwise `created` is
+    """Commits a change at head version + 1 and returns its id. `base`: the current state of the entity, or None if it
+    does not exist. `made_from`: see Draft. `event` is replaced by `created` if `base` is None; otherwise `created` is
     replaced by `updated`. Raises Conflict, InvalidInput, Unavailable, OutcomeUnknown."""
     at = now()
     if base is None:

@@ -212,7 +212,9 @@ class Entity:
                 state = upcast(state)
             return encode({**state, VERSION_FIELD: self.reads})
         except (LookupError, TypeError, ValueError, AttributeError) as error:  # the state is not checked yet
-            raise BrokenContract("contract_broken", f"data.after is no state of version {version}: {error}") from error
+            raise BrokenContract(
+                "contract_broken", f"data.after is not a state of version {version}: {error}"
+            ) from error
 
     def decode_state(self, encoded: bytes) -> Any:
         """Decodes a state from the mirror or PostgreSQL, which was validated before it was stored. Raises

@@ -44,7 +44,7 @@ class Call(Request[Identity, Grant, Any]):
 
     @property
     def grant(self) -> Grant:
-        """What the caller's token grants, and until when."""
+        """The rights that the caller's token grants, and when they end."""
         found: Grant = self.scope["auth"]
         return found
 

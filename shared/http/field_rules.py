@@ -32,7 +32,7 @@ class FieldRule(Struct, frozen=True):
     """The names of the fields that lead to this one; `[]` stands for every index: `items[].name`."""
     pattern: str | None = None
     sentence: str | None = None
-    """What a text must be to match the pattern."""
+    """The pattern in words."""
     allowed: tuple[Any, ...] = ()
     """The values of an enumeration."""
 

@@ -13,7 +13,7 @@ def allowed_methods(declared: Iterable[str]) -> str:
 
 def head_as_get(scope: Any, receive: Any, send: Any) -> tuple[Any, Any]:
     """Makes a HEAD request a GET request whose reply has no content. Returns (receive, send) for the application, which
-    sees the end of the connection after its first bytes. An event stream would go on otherwise."""
+    sees the end of the connection after its first bytes. Otherwise an event stream would not end."""
     scope["method"] = "GET"
     ended = asyncio.Event()
 

@@ -89,7 +89,7 @@ class OpenBody:
         self, type_: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bodies.remove(self)
-        # Another cancellation, such as that of the shutdown, must go on.
+        # Another cancellation, such as that of the shutdown, must continue.
         if self._reason and self._task.uncancel() <= self._cancelling and type_ is asyncio.CancelledError:
             raise RequestTimeout(self._reason) from error
 

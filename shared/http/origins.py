@@ -18,7 +18,7 @@ class AllowedOrigins:
         return "*" in self._listed or origin in self._listed or (bool(host) and _host_of(origin) == host.lower())
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raises Forbidden if a request comes from a page that may not open a stream. Programs that are no browser send
+        """Raises Forbidden if a request comes from a page that may not open a stream. Programs other than browsers send
         no Origin."""
         found = {name: value.decode("latin-1") for name, value in headers if name in (b"origin", b"host")}
         origin = found.get(b"origin")

@@ -82,9 +82,9 @@ _closing: set[asyncio.Task[None]] = set()
 
 
 async def close_connection(connection: AbstractConnection, *, timeout: float) -> None:
-    """Closes a connection, and returns after at most `timeout` seconds. The close then goes on by itself: to end it
-    half-way would leave the connection open, and a broker that has messages under way sends all of them before it
-    answers."""
+    """Closes a connection, and returns after at most `timeout` seconds. The close then continues in the background: to
+    end it half-way would leave the connection open, and a broker that has messages under way sends all of them before
+    it answers."""
     await asyncio.wait({_begin_to_close(connection)}, timeout=timeout)
 
 

@@ -12,7 +12,7 @@ unavailable one: each message would be sent again, over a new connection, and th
 
 After an InDoubt the publisher drops the connection and makes a new one, with jittered backoff. A frozen broker costs
 one timeout, not one per message: until the next connection is ready, every publish raises NotSent at once. After a
-timeout the publisher keeps a connection over which another message was answered within that time.
+timeout the publisher keeps a connection over which the broker replied to another message within that time.
 
 The publisher counts as connected only when the broker has every queue that its messages go to. A broker that has just
 started has its exchanges and quorum queues seconds before its streams. In that time it routes a message only to the

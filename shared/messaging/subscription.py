@@ -132,10 +132,10 @@ class Subscription:
         return declared.declaration_result.consumer_count or 0
 
     async def pause(self) -> None:
-        """Asks the broker to deliver nothing more. What is on its way still reaches `on_message`, except for a message
-        that a quorum queue sends at this moment: it may come after the reply, and aiormq drops it. `end` and `close`
-        give it back. None is on its way while the consumer has as many messages as its prefetch allows. Takes at most
-        ten seconds. May be called twice."""
+        """Asks the broker to deliver nothing more. Messages on their way still reach `on_message`, except one that a
+        quorum queue sends at this moment: it may come after the reply, and aiormq drops it. `end` and `close` give it
+        back. None is on its way while the consumer has as many messages as its prefetch allows. Takes at most ten
+        seconds. May be called twice."""
         consumers, self._consumers = self._consumers, {}
         # aiormq closes the channel of a cancelled call, and its messages could no longer be acknowledged, so these
         # calls are left to end by themselves.
@@ -199,7 +199,7 @@ class Subscription:
         self._late = asyncio.ensure_future(self._stop())
 
     async def _stop(self) -> None:
-        """Closes the connection. If that takes longer than a second, it goes on in the background: FastStream would
+        """Closes the connection. If that takes longer than a second, it continues in the background: FastStream would
         connect again, and consume, if it were cancelled half-way."""
         stopping = asyncio.create_task(self._broker.stop(), name="subscription-stop")
         _ending.add(stopping)

@@ -121,7 +121,8 @@ def queues(settings: Settings) -> list[QueueSpec]:
 
 @dataclass(frozen=True)
 class Permissions:
-    """What a user of RabbitMQ may do, as regular expressions of names. No service may declare or delete anything."""
+    """The permissions of a user of RabbitMQ, as regular expressions of names. No service may declare or delete
+    anything."""
 
     write: str
     read: str

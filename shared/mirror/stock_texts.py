@@ -40,8 +40,8 @@ def stock_text(entity: Entity, state: Any) -> str:
 
 
 def claimed_stock_text(entity: Entity, state: Any, before: Any | None, *, sold: bool = False) -> str:
-    """Returns `stock_text` for a claim: what is new since the state `before` is marked. `sold`: the holds are taken
-    without a check."""
+    """Returns `stock_text` for a claim: holds that the state `before` does not have are marked as new. `sold`: the
+    holds are taken without a check."""
     if entity.holds is not None:
         known = () if before is None else entity.holds(before)
         text = hold_text(entity.holds(state), frozenset((item, at) for item, _, at in known))

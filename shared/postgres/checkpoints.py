@@ -57,7 +57,7 @@ class Checkpoint(Struct, frozen=True):
     feed_seq: int
     """Changes up to (feed_xid, feed_seq) are in the log up to `log_at`; none of the later ones is before `log_low`."""
     counts: str = "{}"
-    """What the leader had found and repaired, as JSON."""
+    """The counts of the leader (LedgerTotals), as JSON."""
     at: datetime | None = None
     age_seconds: float = 0.0
     """When it was read, on the clock of PostgreSQL."""
@@ -101,7 +101,8 @@ async def append_checkpoint(
 
 
 async def prune_checkpoints(connection: Connection, *, days: int) -> int:
-    """Deletes checkpoints: of those older than ten minutes one per minute stays, for `days`. Returns their number."""
+    """Deletes the checkpoints older than ten minutes except one per minute, and all that are older than `days`. Returns
+    their number."""
     return int((await connection.execute(_PRUNE, days)).rpartition(" ")[2])
 
 

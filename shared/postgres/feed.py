@@ -1,7 +1,7 @@
 """The feed: reads `changes` in the order in which PostgreSQL can promise it, by (xid, seq).
 
-Guarantee: a reader that goes on from the position that it got last, page after page, receives every committed change at
-least once. It keeps the position where it keeps what it made of the changes.
+Guarantee: a reader that continues from its last position, page after page, receives every committed change at least
+once. It keeps the position where it keeps what it made of the changes.
 
 Order: by transaction id, then by sequence number. A transaction with a small id may commit late, so a position never
 passes the oldest transaction that still runs (`pg_snapshot_xmin`). Such a transaction, also one of another database of
@@ -45,7 +45,7 @@ _PAGE = f"""
 select {_COLUMNS} from changes where (xid, seq) > ($1::text::xid8, $2) and xid < $3::text::xid8
 order by xid, seq limit $4
 """  # noqa: S608  (the columns above)
-# What another snapshot did not show: transactions that ran then, and those that began later.
+# Rows that an earlier snapshot did not show: of transactions that ran then, and of later ones.
 _NEWLY_VISIBLE = f"""
 select {_COLUMNS} from changes where xid = any($1::text[]::xid8[])
 union all
@@ -85,7 +85,7 @@ class FeedPosition(Struct, frozen=True):
 
     @classmethod
     def decode(cls, text: str) -> "FeedPosition":
-        """Raises ValueError if the text is no position."""
+        """Raises ValueError if the text is not a position."""
         timeline, xid, seq, change_id, checkpoint = text.split("/")
         return cls(timeline, int(xid), int(seq), change_id, checkpoint)
 

@@ -93,9 +93,9 @@ def assemble_rail(
 
     `mirror`, `publisher`: connections to use instead of new ones. `journal`: takes changes while the broker cannot.
     Without a journal, a change that cannot be recorded is refused, and a claim that cannot be finished stays in the
-    mirror for the next round; what would delay other changes has a second connection, which is made when it is needed
-    (not if `publisher` is given). `publish_interval_ms`: the minimum time between two publishes of one lane, so that
-    changes share a message.
+    mirror for the next round. Changes that would delay others are published over a second connection, which is made
+    when it is needed (not if `publisher` is given). `publish_interval_ms`: the minimum time between two publishes of
+    one lane, so that changes share a message.
     """
     second = publisher_of(settings) if journal is None and publisher is None else None
     mirror, publisher = mirror or mirror_of(settings), publisher or publisher_of(settings)

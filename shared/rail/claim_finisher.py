@@ -74,7 +74,7 @@ class ClaimFinisher:
         number of finished claims. Raises MirrorUnavailable, and MirrorInDoubt if the claims cannot be listed."""
         members = await self._mirror.stale_claims(limit=_CLAIMS_PER_ROUND + len(self._unfinished))
         listed = set(members)
-        # What is no longer listed was finished by another instance or by the next writer of the entity.
+        # Another instance, or the next writer of the entity, has finished the claims that are no longer listed.
         self._unfinished = {member: one for member, one in self._unfinished.items() if member in listed}
         due = [member for member, one in self._unfinished.items() if one.next_at <= self._clock()]
         finished, ends_at = 0, self._clock() + _MAX_ROUND_SECONDS

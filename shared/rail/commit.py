@@ -46,7 +46,7 @@ class _Held(Struct, frozen=True):
     number: str
     """The order number that the claim gave, or empty."""
     sent: bool
-    """An earlier call got no reply. The server may execute it when it wakes, even after a take back."""
+    """An earlier call got no reply. The server may execute it when it wakes, even after the claim was taken back."""
 
 
 class Rail:

@@ -23,7 +23,7 @@ Connect = Callable[[str], AbstractAsyncContextManager[Connection]]
 
 
 class Standing(NamedTuple):
-    """What stands of an entity."""
+    """The current state of an entity as the rail reads it."""
 
     head: Head
     state: Any

@@ -1,4 +1,4 @@
-"""Repeated requests: what a repeat creates or adds counts once.
+"""Repeated requests: a repeat creates no second entity and adds no second fact.
 
     entity   its id is derived from the caller, the route and the Idempotency-Key, so a repeat has the same id. The
              repeat loses its claim to the first request. Without a claim, this instance or the stores know the first.

@@ -44,7 +44,7 @@ def _key(prefix: bytes, secret: bytes) -> ApiKeyText:
 
 
 def prefix_of(text: str) -> str | None:
-    """Returns the prefix of a key, or None if the text is no key."""
+    """Returns the prefix of a key, or None if the text is not a key."""
     found = _KEY.fullmatch(text)
     return found[1] if found else None
 

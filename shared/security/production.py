@@ -1,4 +1,5 @@
-"""What settings production refuses, and what every environment refuses, each with the reason in one sentence."""
+"""The settings that production refuses, and those that every environment refuses, each with the reason in one
+sentence."""
 
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address

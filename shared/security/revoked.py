@@ -5,11 +5,11 @@ commit that ended it, and calls its listeners then, so that event streams end to
 refresh token (subject `family:<id>`), a new password, another role, or the deactivation of the user (subject
 `user:<id>`). Tokens carry counters, so no clock decides whether a token was issued before or after.
 
-While PostgreSQL is unavailable, the last list holds: what is on it stays refused, and what ends meanwhile is known when
-PostgreSQL answers again. A service that starts without PostgreSQL begins with an empty list. An entry leaves the list
-only when every token that it refuses has expired, never because PostgreSQL has lost its row. (The exception: where one
-of the two clocks of `TokenClock` is behind, a token of a session that was logged out is accepted again after its
-lifetime, until it expires by that clock too.)
+While PostgreSQL is unavailable, the last list holds: its sessions stay refused, and sessions that end meanwhile are
+added when PostgreSQL answers again. A service that starts without PostgreSQL begins with an empty list. An entry leaves
+the list only when every token that it refuses has expired, never because PostgreSQL has lost its row. (The exception:
+where one of the two clocks of `TokenClock` is behind, a token of a session that was logged out is accepted again after
+its lifetime, until it expires by that clock too.)
 
 The list is bounded: a logout or a reused token stays for the lifetime of an access token and the leeway, other endings
 for 31 days, and each needs a sign-in, a refresh token or an admin. An entry costs about 210 bytes.

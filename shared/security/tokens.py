@@ -70,7 +70,7 @@ class Identity(Struct, frozen=True):
 
 
 class Grant(Struct, frozen=True):
-    """What a verified token grants: to whom, and until when."""
+    """The rights that a verified token grants, with their owner and their end."""
 
     identity: Identity
     expires_at: float

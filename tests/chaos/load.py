@@ -27,7 +27,7 @@ class Acknowledged(Struct, frozen=True):
     kind: str
     """created, changed or paid"""
     version: int
-    """The version in the reply; 0 for a creation or a payment, as a repeat of it is answered with the head version."""
+    """The version in the reply; 0 for a creation or a payment, because a repeat gets the head version."""
     mark: str
 
 

@@ -201,7 +201,7 @@ async def test_the_proof_names_what_a_worker_loses_by_acknowledging_too_early_an
         found: dict[str, Any] = json.loads(await rig.system.cli("ledger", "--all", "--json", check=False))
         return found
 
-    # The leader tells what it has sent again with its next checkpoint.
+    # The leader reports the changes that it has sent again with its next checkpoint.
     report = await eventually(
         healed,
         within=90,

@@ -28,7 +28,7 @@ async def test_read_of_what_postgres_lacks_is_503_and_a_list_is_incomplete_until
                 assert reply.json()["complete"] is False, (name, path)
                 assert reply.headers.get("x-served-by") in (None, "postgres")
 
-            # What PostgreSQL has is read from it.
+            # The service reads the dishes that PostgreSQL has from there.
             async def stored(url: str = url) -> int:
                 return (await admin.get(f"{url}/api/menu/{dish['id']}")).status_code
 

@@ -258,7 +258,7 @@ async def test_edit_takes_an_event_from_a_file_and_shows_the_differences(
     assert (code, one_line(err)) == (1, "Error: this dead letter is resolved")
 
 
-async def test_edit_of_a_body_that_is_no_event_asks_what_it_is_about_and_shows_what_it_will_do(
+async def test_edit_of_a_body_that_is_not_an_event_asks_for_its_entity_and_shows_the_effect(
     ops_rig: OperatorRig, marker: str, tmp_path: Path
 ) -> None:
     await ops_rig.send_to_dead_queue(f"a table for four, {marker}".encode(), reason="undecodable")

@@ -347,7 +347,7 @@ async def test_second_standby_with_the_same_timeline_number_hides_nothing(replic
     await connection.close()
 
 
-async def test_lost_commit_before_the_row_of_the_position_is_told_by_the_timeline(replication: Replication) -> None:
+async def test_timeline_reveals_a_lost_commit_before_the_row_of_the_position(replication: Replication) -> None:
     """The smaller transaction id committed last, so that the standby has the row of the position and lacks an earlier
     one."""
     standby = await asyncio.to_thread(replication.standby)

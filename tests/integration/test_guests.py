@@ -1,4 +1,4 @@
-"""Guests at a table: what their token binds them to, and what they do not see."""
+"""Guests at a table: the limits of their token, and the fields that they do not see."""
 
 from collections.abc import AsyncIterator
 from typing import Any

@@ -113,7 +113,7 @@ async def test_change_is_made_only_if_a_tag_names_the_version(
 
 
 @pytest.mark.parametrize("service", SERVICES)
-async def test_head_is_answered_like_get_without_content(system: System, service: str) -> None:
+async def test_head_request_gets_the_reply_of_get_without_content(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         for path in ("/health", "/health/live", "/health/ready", "/metrics", "/api-docs", "/api-docs/openapi.json"):
             head, get = await client.head(path), await client.get(path)
@@ -133,7 +133,7 @@ async def test_health_is_the_same_as_ready(system: System, service: str) -> None
     assert alias.json().keys() == ready.json().keys()
 
 
-async def test_head_of_an_order_has_the_headers_of_get(restaurant: RestaurantRig) -> None:
+async def test_head_request_for_an_order_gets_the_headers_of_get(restaurant: RestaurantRig) -> None:
     order = await placed(restaurant)
     async with restaurant.client() as staff:
         head, get = await staff.head(f"/api/orders/{order['id']}"), await staff.get(f"/api/orders/{order['id']}")

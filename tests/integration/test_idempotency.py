@@ -83,7 +83,7 @@ def with_key(key: str | None = None) -> dict[str, str]:
 
 
 async def total(client: httpx.AsyncClient, route: Additive, path: str) -> tuple[int, int]:
-    """Returns the number of facts, and what they add up to."""
+    """Returns the number of facts, and their sum."""
     found = expect(await client.get(path))
     return len(found[route.facts]), route.sum_of(found)
 

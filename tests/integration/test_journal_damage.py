@@ -212,7 +212,7 @@ async def test_write_ahead_log_that_restarted_many_times_is_not_treated_as_damag
     [b"", b"not a database at all" * 500, b"SQLite format 3\0" + bytes(5_000)],
     ids=["empty", "garbage", "a header and zeroes"],
 )
-def test_file_that_is_no_journal_is_set_aside_with_an_error_and_the_journal_works(tmp_path: Path, main: bytes) -> None:
+def test_file_that_is_not_a_journal_is_set_aside_and_the_journal_works(tmp_path: Path, main: bytes) -> None:
     path = Image(main, b"", []).write_files(tmp_path)
     with capture_logs() as logs:
         journal = asyncio.run(open_and_close(path, lambda one: one.append([entry()])))

@@ -160,7 +160,7 @@ async def test_no_user_of_the_mirror_can_wipe_or_configure_it(system: System) ->
                     await client.execute_command(*command.split())
 
 
-async def test_mirror_of_compose_keeps_what_scripts_wrote_through_a_restart_and_admits_nobody_without_a_name(
+async def test_mirror_of_compose_keeps_the_writes_of_scripts_over_a_restart_and_refuses_unnamed_users(
     tmp_path: Path,
 ) -> None:
     (port,) = find_free(1)

@@ -1,4 +1,4 @@
-"""The log reader on a real stream: entries in order and once, whatever happens to the connection or the stream."""
+"""The log reader on a real stream: entries in order and once, also after faults of the connection or the stream."""
 
 import asyncio
 import gc
@@ -408,7 +408,7 @@ async def test_large_messages_wait_in_a_few_megabytes_and_arrive_in_order(broker
             waiting = [message for message in gc.get_objects() if isinstance(message, AbstractIncomingMessage)]
             assert sum(len(message.body) for message in waiting) < 32 << 20, "the reader keeps what it cannot hand out"
             del waiting
-            await asyncio.sleep(0.02)  # what a slow caller does, while the broker sends more
+            await asyncio.sleep(0.02)  # the work of a slow caller, while the broker sends more
     await publishing
     assert found == numbered(0, 120)
 

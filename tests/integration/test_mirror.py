@@ -161,8 +161,8 @@ async def test_states_for_another_mirror_are_refused(mirror: Mirror) -> None:
 
 
 async def test_states_for_another_server_are_refused(mirror: Mirror, redis: Redis) -> None:
-    """While a mirror is filled from PostgreSQL, its position stays the same, so that the position does not tell the
-    server from a replica that was promoted before it had all states."""
+    """While a mirror is filled from PostgreSQL, its position stays the same, so that the position does not distinguish
+    the server from a replica that was promoted before it had all states."""
     restaurant, id_ = builders.new_id(), builders.new_id()
     await mirror.begin_log()
     server, _ = await mirror.server()
@@ -309,7 +309,7 @@ async def test_server_that_is_not_what_its_stamp_names_is_cold_to_every_script(
     assert await claimed(mirror, restaurant) == Cold()
     assert await mirror.take_back(placed[0]) is False
     assert await mirror.mark(keys.member(restaurant, "order", placed[1].entity_id)) is None
-    # The mirror writer fills it, and it is a new mirror: what was claimed before is dropped and may be claimed again.
+    # After the mirror writer has filled it, it is a new mirror: older claims are dropped, and may be taken again.
     await warmed(mirror, identity=2)
     assert await mirror.take_back(placed[0]) is False
     again = builders.change(builders.order(items=0, id=placed[0].entity_id, restaurant_id=restaurant, order_number=""))

@@ -304,7 +304,7 @@ async def test_event_types_may_be_repeated(rig: NotifierRig) -> None:
         assert (event.name, event.data["orderID"]) == ("order_created", created.entity_id)
 
 
-async def test_head_of_the_stream_ends_at_once_and_leaves_no_subscriber(one_notifier: Notifier) -> None:
+async def test_head_request_for_the_stream_ends_at_once_and_leaves_no_subscriber(one_notifier: Notifier) -> None:
     async with http_client(headers={"Authorization": f"Bearer {token()}"}) as client:
         reply = await client.head(f"{one_notifier.base}/api/v1/sync/events")
     assert (reply.status_code, reply.content) == (200, b"")

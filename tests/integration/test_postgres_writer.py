@@ -147,7 +147,7 @@ async def test_poison_is_dead_lettered_unchanged_with_its_reason(rig: Rig, event
 
 
 @pytest.mark.parametrize("body", [b"garbage \xff", b'{"not": "a batch"}', b"", b"[" * 50_000 + b"]" * 50_000])
-async def test_message_that_is_no_batch_is_dead_lettered_unchanged(rig: Rig, body: bytes) -> None:
+async def test_message_that_is_not_a_batch_is_dead_lettered_unchanged(rig: Rig, body: bytes) -> None:
     made = change(order())
     await rig.publisher.publish(Lane.CRITICAL.value, body)
     await rig.publish(made)

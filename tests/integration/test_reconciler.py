@@ -165,7 +165,7 @@ async def test_journals_get_time_to_drain_after_an_outage(system: System) -> Non
     (old,) = await pending(restaurant)
     clock, ledger = 1_000.0, Steady(0.0)
     async with lost_messages_of(system, lambda: clock, ledger) as lost_messages:
-        for pause in (0.0, 600.0):  # RabbitMQ is unavailable: the log brings nothing
+        for pause in (0.0, 600.0):  # RabbitMQ is unavailable: the log delivers nothing
             clock += pause
             assert await lost_messages.record_when_due() == 0
         ledger.steady_seconds = 1.0  # RabbitMQ is back

@@ -47,7 +47,7 @@ async def test_invitation_registers_one_restaurant(system: System, by_invitation
         assert await attempt(403, invitation_code=code) == "invitation_invalid"
 
 
-async def test_code_that_resets_a_password_is_no_invitation(system: System, by_invitation: str) -> None:
+async def test_reset_code_is_not_accepted_as_an_invitation(system: System, by_invitation: str) -> None:
     owner = await register(system, system.urls["orders"])
     async with owner.client() as admin, client(by_invitation) as anybody:
         code = expect(await admin.post(f"/api/users/{owner.admin_id}/password-reset"), 201)["code"]

@@ -160,7 +160,7 @@ async def test_tabs_that_refresh_at_once_get_the_same_successor_on_every_instanc
     for session in sessions:
         async with registered.client(session["access_token"]) as staff:
             assert expect(await staff.get("/api/auth/me"))["user_id"] == user["id"]
-    # Each tab can go on with the successor.
+    # Each tab can continue with the successor.
     again = [expect(await refresh(url, successor))["refresh_token"] for _ in range(2)]
     assert again[0] == again[1] != successor
 

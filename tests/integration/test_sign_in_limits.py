@@ -145,7 +145,7 @@ async def test_answers_that_reveal_taken_emails_are_limited(url: str, registered
     expect(await sign_in(url, user["email"], address=address))
 
 
-async def test_unreachable_database_is_no_failure(system: System) -> None:
+async def test_unreachable_database_does_not_count_as_a_failed_sign_in(system: System) -> None:
     """Owners who try again during an outage are not locked out after it."""
     address = next(addresses)
     async with system.another_orders(

@@ -1,4 +1,4 @@
-"""Who may hold how many streams, and when they end."""
+"""The limits of open streams, and the reasons for their end."""
 
 import asyncio
 import time
@@ -171,7 +171,7 @@ async def test_only_pages_of_allowed_origins_may_open_a_stream(notifier: Notifie
         assert reply.json()["error"]["code"] == "origin_not_allowed"
 
 
-async def test_sigterm_tells_clients_to_come_back(rig: NotifierRig) -> None:
+async def test_sigterm_tells_clients_to_reconnect(rig: NotifierRig) -> None:
     notifier = await rig.notifier()
     async with notifier.screen() as screen:
         assert await asyncio.to_thread(notifier.child.terminate, 15.0), notifier.child.tail()

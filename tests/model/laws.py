@@ -90,8 +90,8 @@ def _absent(world: World) -> set[str]:
 
 
 def _may_exist(world: World, attempt: Attempt) -> bool:
-    """A creation whose id already has a head is answered with what stands, like a repeat: the order exists. After a
-    claim in doubt, the change of this very attempt may stand below it, if another process has finished it."""
+    """A creation whose id already has a head gets the current state, like a repeat: the order exists. After a claim in
+    doubt, the change of this attempt may be older than the head, if another process has finished it."""
     return attempt.standing is not None and change_of(attempt.draft).id in world.doubted
 
 

@@ -11,7 +11,7 @@ from tests.rigs.system import eventually
 class MirrorPair:
     def __init__(self, servers: Servers, proxies: dict[str, Proxy]) -> None:
         """The primary is `servers.redis`, which a failover replaces. `proxies` gets the proxies `redis`, always the one
-        of the present primary, and `replica`."""
+        of the current primary, and `replica`."""
         self._servers = servers
         self._proxies = proxies
         self._replication = Proxy(servers.redis.port)
@@ -38,7 +38,7 @@ class MirrorPair:
         return ",".join(f"redis://127.0.0.1:{self._proxies[name].port}/{database}" for name in ("redis", "replica"))
 
     async def replicate(self) -> None:
-        """Makes the replica one of the present primary, and waits until it is in sync."""
+        """Makes the replica a copy of the current primary, and waits until it is in sync."""
         await self._replication.stop()
         self._replication = Proxy(self._servers.redis.port)
         await self._replication.start()
@@ -52,7 +52,7 @@ class MirrorPair:
         await eventually(linked, what="a replica in sync")
 
     def stall(self) -> None:
-        """From now on the replica gets no writes."""
+        """Stops the replication: the replica gets no more writes."""
         self._replication.set(Mode.LOSE)
 
     async def fail_over(self, *, lost_seconds: float = 0.0) -> None:

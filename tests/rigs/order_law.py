@@ -113,7 +113,7 @@ class Step(Struct, frozen=True):
 
 class History(Struct, frozen=True):
     trunk: Order
-    """What all branches know."""
+    """The state that all branches know."""
     branches: list[Order]
     steps: list[Step]
 
@@ -123,7 +123,7 @@ class History(Struct, frozen=True):
 
 class Dice:
     """Draws orders and commands. Hypothesis draws the seed and the lengths alone: if it drew each part, it would be
-    slow and would try the same few commands again and again."""
+    slow and would try the same few commands repeatedly."""
 
     def __init__(self, seed: bytes) -> None:
         self._random = Random(seed)

@@ -35,7 +35,7 @@ def write_previous_release(folder: Path) -> Path:
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
         raise NoHistory(f"only a full clone has the previous release {PREVIOUS_RELEASE}: {error}") from error
     if Path(top) != ROOT:
-        raise NoHistory(f"{ROOT} is no clone: its files lie in the repository {top}")
+        raise NoHistory(f"{ROOT} is not a clone: its files lie in the repository {top}")
     with tempfile.TemporaryFile() as archive:
         subprocess.run(["git", "archive", "--format=tar", commit], cwd=ROOT, stdout=archive, check=True)
         archive.seek(0)

@@ -45,7 +45,7 @@ def test_a_moment_outside_the_calendar_is_refused_in_one_sentence(text: str) -> 
 
 
 @pytest.mark.parametrize("text", ["x", "", "2w", "24", "1234567d"])
-def test_a_text_that_is_no_moment_is_refused_in_one_sentence(text: str) -> None:
+def test_a_text_that_is_not_a_moment_is_refused_in_one_sentence(text: str) -> None:
     assert "is neither an age such as 90s, 15m, 2h or 7d nor a time in ISO 8601" in refusal(Since(), text)
 
 

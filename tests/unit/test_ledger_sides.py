@@ -1,4 +1,4 @@
-"""What the ledger keeps of the log and of the feed, and from where it begins again."""
+"""The entries of the log and of the feed that the ledger keeps, and the place where it begins again."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_next_beginning_is_before_what_one_side_alone_has() -> None:
     assert (sides.log_low, sides.feed_low) == (at(0), (6, 0))
 
 
-def test_change_after_the_beginning_of_the_feed_is_after_that_of_the_log() -> None:
+def test_log_is_read_again_from_before_every_change_that_the_feed_repeats() -> None:
     """Without this, a restart would read "b" in the feed alone, and publish it again."""
     sides = Sides(BEFORE_LOG, BEFORE_LOG, (0, 0))
     logs(sides, "a", 0)

@@ -163,7 +163,7 @@ async def test_a_crash_ends_the_process_with_sigterm() -> None:
     await loop.stop()
 
 
-async def test_a_stop_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stop_is_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     signals: list[int] = []
     monkeypatch.setattr("shared.lifecycle.os.kill", lambda _, number: signals.append(number))
     work = Work()

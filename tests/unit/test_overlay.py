@@ -162,7 +162,7 @@ def test_old_values_are_those_of_the_base_with_their_unknown_fields() -> None:
         "notes": "quick",
         "items": msgspec.json.decode(base)["items"],
     }
-    # A state that was not made from the base lacks its unknown field, and so `before` tells it.
+    # A state that was not made from the base lacks its unknown field, so `before` has it.
     assert msgspec.json.decode(old_values(base, {}, before, encode(before))) == {"newer": "of $"}
 
 

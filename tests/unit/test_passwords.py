@@ -83,7 +83,7 @@ def test_spellings_of_an_email_are_one_email() -> None:
         f"{'a' * 250}@x.example",
     ],
 )
-def test_what_is_no_email_is_refused_in_words(text: str) -> None:
+def test_invalid_email_is_refused_in_words(text: str) -> None:
     with pytest.raises(InvalidInput, match="not an email address") as refused:
         read_email(text, field="contact")
     assert refused.value.details == {"field": "contact"}

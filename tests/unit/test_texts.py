@@ -223,7 +223,7 @@ def test_body_with_too_many_floats_is_refused_and_not_converted() -> None:
 @pytest.mark.parametrize(
     "number", ["1.5", "1e-1", "1e999999999", "1e99999999999999999999999", "-1e400", "1.00000000000000000001", "1e13"]
 )
-def test_other_numbers_are_no_integers(number: str) -> None:
+def test_other_numbers_are_not_integers(number: str) -> None:
     with pytest.raises(InvalidInput) as refused:
         read_body(f'{{"amount": {number}, "method": "card"}}'.encode(), RecordPayment)
     assert refused.value.details["field"] == "amount"

@@ -147,7 +147,7 @@ async def delete_order(request: Call, order_id: str) -> ASGIApp:
     action="orders.change",
     tag=_TAG,
     summary="Restore a deleted order",
-    description="Takes its stock again; the answer is 409 `out_of_stock` if that has been sold.",
+    description="The order takes its stock again. If that has been sold, the reply is 409 `out_of_stock`.",
     answer=_VIEW,
     errors=(404,),
     headers=("If-Match",),

@@ -1,4 +1,5 @@
-"""What the commands of `ticketrail dlq` share: the argument that names a dead letter, and filters that select many."""
+"""The parts that the commands of `ticketrail dlq` share: the argument that names a dead letter, and filters that select
+many."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime

@@ -72,7 +72,7 @@ def edited_event(original: dict[str, Any] | None, edited: dict[str, Any]) -> tup
 
 
 class Effect(Struct, frozen=True):
-    """What an edit would do."""
+    """The effect that an edit would have."""
 
     type: str
     restaurant_id: str
@@ -98,7 +98,7 @@ def new_event(restaurant_id: str, type_: str, subject: str) -> dict[str, Any]:
 
 
 def _refusal(error: BrokenContract, type_: str) -> InvalidInput:
-    """Returns the error in words: what a text must be, and the values that an enumeration allows."""
+    """Returns the error in words, with the rule of a text or the allowed values of an enumeration."""
     text, of_state = str(error), str(error).startswith(f"{_AFTER}: ")
     found = _PATH.search(text)
     checked: Any = registry.ENTITIES[type_.split(".")[1]].state if of_state else Change

@@ -105,7 +105,7 @@ async def get_dead_letter(request: Call, dead_letter_id: str) -> ASGIApp:
     action="dead_letters.read",
     tag=_TAG,
     summary="Return the exact body of a dead letter",
-    description="Returns the bytes as the broker had them, also if they are no JSON.",
+    description="Returns the bytes as the broker had them, even if they are not JSON.",
     media_type="application/octet-stream",
     errors=(404,),
 )

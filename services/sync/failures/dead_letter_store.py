@@ -119,9 +119,9 @@ async def keep(connection: Connection, dead_letters: Sequence[NewDeadLetter]) ->
 
     If a dead letter is stored already, it has died again: `keep` appends its attempts, opens it again, and increments
     its deaths and its revision. A message that was delivered twice changes nothing, because its failure is stored
-    already. If the other sink stored it, the dead letter gets both sinks, and this is no further death: both read the
-    same message. Its queue, lane and failure are then those of PostgreSQL, because a replay goes through the lane. The
-    same transaction deletes the changes from `retries`."""
+    already. If the other sink stored it, the dead letter gets both sinks. This does not count as a further death,
+    because both read the same message. Its queue, lane and failure are then those of PostgreSQL, because a replay goes
+    through the lane. The same transaction deletes the changes from `retries`."""
     first: dict[bytes, NewDeadLetter] = {}
     for dead_letter in dead_letters:
         first.setdefault(dead_letter.digest, dead_letter)

@@ -22,7 +22,7 @@ order by failed_at
 """
 
 
-# What another snapshot did not show: transactions that ran then, and those that began later.
+# Rows that an earlier snapshot did not show: of transactions that ran then, and of later ones.
 _NEWLY_VISIBLE = "{}xid = any($1::text[]::xid8[]) or {}xid >= $2::text::xid8"
 _NEW = f"""
 select restaurant_id::text, entity, entity_id::text, change_id::text, error, attempt as attempts, failed_at

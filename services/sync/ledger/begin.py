@@ -29,8 +29,8 @@ async def provable(reader: LogReader, checkpoints: Sequence[Checkpoint]) -> Chec
 
 async def oldest_kept(connection: Connection) -> Checkpoint | None:
     """Returns the beginning for a log that proves no checkpoint, because it was created again: its first entry, and the
-    oldest checkpoint in the feed. Checkpoints stay as long as entries of the log, so the lost log did not have what is
-    older either. None if there is no checkpoint."""
+    oldest checkpoint in the feed. Checkpoints stay as long as entries of the log, so the lost log had no older changes
+    either. None if there is no checkpoint."""
     oldest = await first_checkpoint(connection, BEFORE_LOG.offset)
     return oldest and Checkpoint("", BEFORE_LOG, BEFORE_LOG, oldest.feed_xid, oldest.feed_seq)
 

@@ -4,8 +4,8 @@ Guarantee: a change that is in the log gets into `changes`, unless it is a dead 
 into the log. That holds after a lane was purged, a stream lost its end, or PostgreSQL lost its last commits.
 
 One worker leads: it holds an advisory lock of PostgreSQL, and works in sessions (session.py). A session begins at the
-newest checkpoint whose `log_at` the log proves, and ends with its connection to PostgreSQL, or when a side does not
-prove what was read of it: then this side has lost something. The others read the checkpoints of the leader, so that
+newest checkpoint whose `log_at` the log proves, and ends with its connection to PostgreSQL, or when a side lacks an
+entry that was read from it: then this side has lost something. The others read the checkpoints of the leader, so that
 every worker shows the same figures.
 
 While a store is unavailable, the leader waits with jittered backoff, and begins a new session. Two leaders for a moment
@@ -83,12 +83,12 @@ class LedgerLoop:
 
     @property
     def steady_seconds(self) -> float:
-        """For how long this worker has led and has read the log to its end again and again; 0 while it does not. Then
-        `knows` is complete."""
+        """How long this worker has led, with every read reaching the end of the log. `knows` is complete while this is
+        not 0."""
         return 0.0 if self._session is None else self._session.steady_seconds
 
     def knows(self, change_id: str) -> bool:
-        """Returns whether the log has the change although PostgreSQL lacks it, so that the leader sees to it."""
+        """Returns whether the log has the change although PostgreSQL lacks it, so that the leader repairs it."""
         return self._session is not None and change_id in self._session.sides.log
 
     def state(self) -> dict[str, Any]:

@@ -115,7 +115,7 @@ class Ledger:
             except ForeignDatabase as error:
                 await self._end()
                 raise Unavailable(str(error)) from error
-        raise Unavailable("the change log or PostgreSQL loses what was read; retry", retry_after=5.0)
+        raise Unavailable("the change log or PostgreSQL keeps losing entries; retry", retry_after=5.0)
 
     async def _end(self) -> None:
         if self._session is not None:
@@ -154,7 +154,7 @@ class Ledger:
             await asyncio.sleep(_SEARCH_INTERVAL_SECONDS)
 
     async def _catch_up(self) -> None:
-        """Waits until both sides are read to their ends. Raises Unavailable if the log brings nothing."""
+        """Waits until both sides are read to their ends. Raises Unavailable if the log delivers nothing."""
         assert self._session is not None
         session, _, reading = self._session
         position, moved_at = session.sides.log_position, time.monotonic()

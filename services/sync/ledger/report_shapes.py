@@ -27,11 +27,11 @@ class OpenChange(Struct, frozen=True, kw_only=True):
 
 
 class LeaderState(Struct, frozen=True, kw_only=True):
-    """What the leader wrote into the newest checkpoint."""
+    """The content of the newest checkpoint, which the leader wrote."""
 
     age_seconds: float
     log_low: int
-    """Offset: log entries up to this one are in `changes`, or dead."""
+    """An offset. Every log entry up to it is in `changes` or is a dead letter."""
     log_at: int
     """Offset of the last entry that was read."""
     open: dict[str, int]
@@ -39,7 +39,7 @@ class LeaderState(Struct, frozen=True, kw_only=True):
     resent: int
     republished: int
     unexplained: int
-    """The number of changes that ten repeats did not bring into PostgreSQL."""
+    """The number of changes that PostgreSQL still lacks after they were sent ten times."""
 
 
 class LedgerReport(Struct, kw_only=True):

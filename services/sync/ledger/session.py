@@ -68,7 +68,7 @@ class ExpiredRange(Struct, frozen=True):
 
 
 class LedgerTotals(Struct):
-    """What all leaders have found and repaired. Each checkpoint has it, so that the next leader goes on counting."""
+    """The counts of all leaders. Each checkpoint stores them, so that the next leader continues to count."""
 
     open: dict[str, int] = field(default_factory=dict)
     """Place -> number of changes that one side alone has: `queued`, `retrying`, `resent` and `unexplained` for the
@@ -90,7 +90,7 @@ class _LookedUp(Struct):
 
 
 class _Came(Struct, frozen=True):
-    """A heartbeat that came through its lane: what is before it in the log has left the lane."""
+    """A heartbeat that came through its lane: every change before it in the log has left the lane."""
 
     offset: int
     at: float
@@ -178,7 +178,7 @@ class LedgerSession:
                 raise EndOfSession("the log was cut while it was read again")
             previous = position
         for entry in batch.entries:
-            # What a leader has published to the log has no lane.
+            # A message that a leader published to the log alone has no lane.
             lane = entry.lane if entry.lane in set(Lane) else Lane.BACKGROUND.value
             changes, unreadable = changes_in(entry.body)
             self.unreadable += unreadable
@@ -189,7 +189,7 @@ class LedgerSession:
             self._note_end(batch.at_end)
         if batch.caught_up:
             if self.sides.rereads:
-                raise EndOfSession("the log ends before what was read of it")
+                raise EndOfSession("the log ends before the last entry that was read")
             self.caught_up = True
         if len(self.sides.log) > MAX_IDS:
             self._room.clear()
@@ -201,12 +201,12 @@ class LedgerSession:
 
     @property
     def _max_pause(self) -> float:
-        """The seconds after which a log that brings nothing, not even a heartbeat, counts as interrupted."""
+        """The seconds after which a log that delivers nothing, not even a heartbeat, counts as interrupted."""
         return max(10.0, 3 * self._settings.heartbeat_interval_seconds)
 
     @property
     def steady_seconds(self) -> float:
-        """For how long the log was read to its end again and again, without a pause; 0 while it is not."""
+        """How long every read has reached the end of the log without a pause; 0 during a pause."""
         now = time.monotonic()
         steady = self.caught_up and not self.sides.rereads and now - self._at_end <= self._max_pause
         return now - self._steady_since if steady else 0.0
@@ -221,7 +221,7 @@ class LedgerSession:
         if self._repairs is not None:
             await self._look_up(self._repairs)
             await self._republish(self._repairs)
-        # A report must come to its end, whatever has collected in the lanes.
+        # A report must finish, however many changes wait in the lanes.
         if len(self.sides.log) <= MAX_IDS or (self._repairs is None and self.feed_at_end):
             self._room.set()
         if self._repairs is not None:
@@ -231,7 +231,7 @@ class LedgerSession:
         self.feed_at_end = False
         for _ in range(_MAX_PAGES_PER_ROUND):
             if len(self.sides.feed) > MAX_IDS:
-                # It cannot go on before the log has been read further.
+                # The feed waits until the log has been read further.
                 self.feed_at_end = self.caught_up
                 return
             page = await read_page(self._connection, self._feed, limit=_FEED_PAGE)

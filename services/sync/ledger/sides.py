@@ -1,7 +1,7 @@
 """The two sides that the ledger compares: change ids that only the log has, and ids that only the feed has. Pure.
 
-Each side is read in order. An id that both have leaves both. What is left at the beginning of a side says from where
-the comparison must begin again after a restart (`log_low`, `feed_low`).
+Each side is read in order. An id that both have leaves both. The oldest id that is left on a side says where the
+comparison must begin again after a restart (`log_low`, `feed_low`).
 """
 
 from collections.abc import Iterator

@@ -1,11 +1,14 @@
-"""Brings the mirror and PostgreSQL together where a state stays pending in the mirror.
+"""Repairs states that stay pending in the mirror.
 
-A change that has been pending for five minutes (`lost_message_seconds`) is looked up. PostgreSQL has a later state: it
-is loaded. The ledger knows the change, or it is on the retry ladder or a dead letter: those see to it. In no place: its
-message is lost, and its state becomes a new change.
+A change that has been pending for five minutes (`lost_message_seconds`) is looked up:
 
-The time runs on the monotonic clock, and only while this worker leads the ledger and has read the log to its end all
-the time: then everything that was accepted is in the log, or in a journal that drains. After an interruption it begins
+    PostgreSQL has a later state             the mirror loads that state
+    the ledger knows the change              the ledger loop repairs it
+    it is on the retry ladder, or dead       it stays there
+    none of these                            its message is lost, so its state becomes a new change
+
+The five minutes run on the monotonic clock, and only while this worker leads the ledger and every read reaches the end
+of the log: then every accepted change is in the log, or in a journal that drains. After an interruption they begin
 again. Two instances may run at the same time, because only one of them can claim the next version. If a backend is
 unavailable, the call raises its error, and the next call tries again.
 """
@@ -40,7 +43,7 @@ _LOOKS_PER_WAIT = 10
 
 
 class KnownChanges(Protocol):
-    """What the leader of the ledger knows (services/sync/ledger/ledger_loop.py)."""
+    """The changes that the leader of the ledger knows (services/sync/ledger/ledger_loop.py)."""
 
     @property
     def steady_seconds(self) -> float: ...
@@ -79,10 +82,10 @@ class LostMessages:
         return await self.record_again()
 
     async def record_again(self) -> int:
-        """Looks at the pending states, and records those again that are lost. Returns their number."""
+        """Checks the pending states, and records the lost ones again. Returns their number."""
         at, recorded = self._clock(), 0
         known, self._pending = self._pending, {}
-        # What waited before the log was read to its end may have been in a journal.
+        # A change that waited before the log was read to its end may have been in a journal.
         begin = at - self._ledger.steady_seconds
         if begin >= at:
             return 0
@@ -107,7 +110,7 @@ class LostMessages:
         _, found = await self._mirror.read(restaurant, entity.name, ids)
         documents = {id_: one for id_, one in zip(ids, found, strict=True) if one is not None}
         changes = {id_: one.head.change_id for id_, one in documents.items()}
-        # The ledger is asked first: what it forgets is in PostgreSQL by then, or dead.
+        # Ask the ledger first: a change that it forgets is in PostgreSQL by then, or dead.
         known = {change for change in changes.values() if self._ledger.knows(change)}
         async with self._postgres.connection() as connection:
             failures = await last_failures(connection, [(restaurant, change) for change in changes.values()])

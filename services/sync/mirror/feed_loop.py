@@ -4,14 +4,14 @@ Guarantee: every state that PostgreSQL has, or a later one, gets into the mirror
 feed (shared/postgres/feed.py) from the position that the mirror has. A pending state in the mirror becomes synced when
 PostgreSQL has it or a later one; an older or missing state is replaced by the one of PostgreSQL. The mirror notes the
 position in the same script, after everything before it was applied. If another mirror replaces this one, the loop
-therefore goes on from the position of that one.
+therefore continues from the position of that one.
 
 It wakes when the PostgreSQL writer of this process has committed, or after a second. It does not wait for a transaction
 that stays open: the loop sends what is visible beyond it at once, and only the position waits. After a minute it raises
 an alarm, because the loop then reads much again when the mirror is replaced.
 
 If the position is not in PostgreSQL any more (feed.py says when), PostgreSQL has lost commits that the mirror shows as
-synced. One pass over all documents then marks those as pending that PostgreSQL lacks, before the loop goes on.
+synced. One pass over all documents then marks those as pending that PostgreSQL lacks, before the loop continues.
 
 Failures come from `retries` and `dead_letters`, in the order of their transactions. The loop sends all open failures
 again when it begins.

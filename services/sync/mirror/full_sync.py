@@ -1,8 +1,8 @@
 """The full sync compares the mirror with PostgreSQL, and repairs the mirror.
 
 It compares the live window in PostgreSQL with the documents of the mirror. A document that is ahead of PostgreSQL is
-pending, which is no difference. Every other document must come from the same change as the row. If a document is behind
-or missing, it is written under the guard. If a document comes from the same change but has another state, it is removed
+pending, not different. Every other document must come from the same change as the row. If a document is behind or
+missing, it is written under the guard. If a document comes from the same change but has another state, it is removed
 and written again, unless it changes meanwhile. A new change may be in PostgreSQL before it is revealed, so recent
 differences are compared once more after three seconds.
 """

@@ -68,7 +68,7 @@ async def _status(request: Call, query: SyncStatusQuery) -> SyncStatus:
     if identity.role is Role.OPERATOR:
         return await sync_status(context.settings, context.ops.connection, context.mirror, named)
     if named not in (None, identity.tenant):
-        raise Forbidden("this is another restaurant", field="restaurant_id")
+        raise Forbidden("your token belongs to another restaurant", field="restaurant_id")
     restaurant = identity.tenant
     return await sync_status(context.settings, partial(context.api.tenant, restaurant), context.mirror, restaurant)
 

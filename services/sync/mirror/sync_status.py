@@ -24,7 +24,7 @@ Connect = Callable[[], AbstractAsyncContextManager[Connection]]
 
 
 class Counts(Struct, frozen=True):
-    """The number of entities in each sync state. A number is null while the store that has it is unavailable."""
+    """The number of entities in each sync state. A number is null while its store is unavailable."""
 
     pending: int | None
     synced: int | None
@@ -45,7 +45,7 @@ class SyncStatus(Struct, frozen=True):
 
 
 class TerminalCounts(Struct, frozen=True):
-    """The number of entities in each sync state. A number is null while the store that has it is unavailable."""
+    """The number of entities in each sync state. A number is null while its store is unavailable."""
 
     pending: int | None
     failed: int | None

@@ -5,11 +5,11 @@ A mirror becomes warm when the following has happened, in this order, after it w
     settle period  `mirror_settle_seconds` have passed, so that claims of the lost mirror are recorded or taken back.
                    A new system does not wait, because nothing can be in flight there
     heartbeats     two heartbeats that were sent then have come through the log and through each lane that takes changes
-                   of requests, into PostgreSQL. Whatever was recorded before them has been applied from the log, and is
-                   in PostgreSQL, on the retry ladder or dead. Two, because a second consumer of a lane may still hold
-                   older messages; more if a worker has more consumers (`lane_consumers`)
+                   of requests, into PostgreSQL. Every change recorded before them has been applied from the log, and is
+                   in PostgreSQL, on the retry ladder or dead. It takes two, because a second consumer of a lane may
+                   still hold older messages; more if a worker has more consumers (`lane_consumers`)
     dead letters   the states of open dead letters are loaded, because PostgreSQL lacks them, and perhaps the log
-    feed           one whole turn of the feed loop, so that the mirror has what PostgreSQL has; the same turn tells all
+    feed           one whole turn of the feed loop, so that the mirror has what PostgreSQL has; the same turn notes all
                    failures
 
 Whoever changes an entity then builds on its newest change, so that no version is given twice. Without PostgreSQL, the
@@ -110,7 +110,7 @@ class WarmUp:
     async def begin(self) -> StartPoint:
         """Returns where the writer begins: at the position in the mirror, or after `fill`. Raises like `fill`."""
         found_at = time.monotonic()
-        # The server comes first: whatever is read or written afterwards counts only if the server is still the same.
+        # The server comes first: later reads and writes count only if the server is still the same.
         server, warm = await self._mirror.server()
         position = await self._mirror.log_position()
         if position is None or (position == NOTHING_APPLIED and not warm):
@@ -139,7 +139,7 @@ class WarmUp:
             connection.transaction(isolation="repeatable_read", readonly=True),
         ):
             # The first query takes the snapshot, which must have everything before the place in the log: all later
-            # changes are read from the log. The feed loop goes on behind the snapshot too.
+            # changes are read from the log. The feed loop continues behind the snapshot too.
             starts = await _log_lows(connection)
             end = await find_end(connection)
             await self._mirror.begin_log()
@@ -215,7 +215,7 @@ class WarmUp:
 
     async def _load_dead_letters(self) -> None:
         """Loads the states of open dead letters that are newer than the states in PostgreSQL. They are pending, and the
-        feed loop then tells their failures."""
+        feed loop then notes their failures."""
         async with self._postgres.connection() as connection, aclosing(open_bodies(connection)) as blocks:
             async for block in blocks:
                 found = [dead for change_id, body in block for dead in _readable_changes(body, change_id)]

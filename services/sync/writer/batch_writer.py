@@ -53,7 +53,7 @@ class HoldExpired(Exception):
 
 
 class Written(Struct):
-    """What became of the changes of a batch that are not committed."""
+    """The changes of a batch that are not committed, by their next step."""
 
     failed: list[FailedChange]
     """The changes that PostgreSQL did not take."""

@@ -4,7 +4,7 @@ A prefetch counts messages, but a consumer needs memory for bytes, and every mes
 more: after `DELIVERY_LIMIT` deliveries the broker dead-letters it. Therefore:
 
     start      A consumer begins with one message, and takes the full prefetch after it has settled that one. A process
-               that dies again and again at its start burns the deliveries of one message and not of a hundred.
+               that dies repeatedly at its start burns the deliveries of one message and not of a hundred.
     bytes      A consumer above `MAX_HELD_BYTES` gives back what it has no room for. For a minute, all consumers of the
                lane take at most a quarter of the prefetch, and no more than fit into that memory, so that they do not
                give back the same messages again.

@@ -5,16 +5,16 @@
 --                                  sum       the sum of the holds of all orders
 --                                  <order>   "<quantity>@<µs>,...": what the state of the order holds, and since when
 --                                  <order>+  the same for the claim of the order
--- The hold of an order is the larger one of the two. The amount left is count - sum. Entries are set and never added to,
--- so that a repeated or late call changes nothing. A quantity from before the count is no hold, because the count already
--- lacks it.
+-- The hold of an order is the larger one of the two. The amount left is count - sum. Entries are set and never added
+-- to, so that a repeated or late call changes nothing. A quantity from before the count does not count as a hold,
+-- because the count already lacks it.
 --
 -- The times are stamps. A claim proposes its own clock, and this server decides: a new hold may not be below the count,
 -- and a new count must be above every hold. So a wrong clock of any machine costs a round trip and never a piece.
 --
 -- Texts:  h<item>=<quantity>@<µs>,...  what an order holds; an item may occur several times
 --         s<count>|<µs>                the count of an inventory item; a single s means that it is no longer counted
---         In a claim, ! follows the time of what is new, and H instead of h takes the stock without a check.
+--         In a claim, ! follows the time of a new hold or count, and H instead of h skips the check.
 local function stock_key(doc, item)
   return string.match(doc, '^{[^}]*}') .. ':stock:' .. item
 end
@@ -87,7 +87,7 @@ local function reserve_count(doc, requested)
   return nil, 's'
 end
 
--- Reserves only the additional amounts of a change. What the change gives back becomes free when it is revealed.
+-- Reserves only the additional amounts of a change. Amounts that the change gives back become free when it is revealed.
 -- Returns {'restamp', item, µs, ...} or {'short', item, left, ...} or nil, and what was reserved, for give_back.
 local function reserve(doc, requested)
   if string.sub(requested, 1, 1) == 's' then

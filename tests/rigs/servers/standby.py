@@ -67,21 +67,21 @@ class Replication:
         """The server that the tests write to."""
 
     def standby(self) -> Standby:
-        """Makes and starts another standby of the present primary."""
+        """Makes and starts another standby of the current primary."""
         made = Standby(self._folder / f"standby-{len(self._standbys)}", self.now)
         self._standbys.append(made)
         made.start()
         return made
 
     def fail_over(self, standby: Standby) -> None:
-        """Kills the present primary and promotes the standby, which then has what it received before."""
+        """Kills the current primary and promotes the standby, which then has what it received before."""
         self.now.kill()
         standby.start()
         standby.promote()
         self.now = standby
 
     def copy_files(self) -> Path:
-        """Stops the present primary for a copy of its files, as a snapshot of its disk."""
+        """Stops the current primary for a copy of its files, as a snapshot of its disk."""
         self.now.stop()
         source, copy = self.now.directory.resolve(), self._folder / "copy"
         shutil.rmtree(copy, ignore_errors=True)
@@ -90,7 +90,7 @@ class Replication:
         return copy
 
     def put_back(self, copy: Path) -> None:
-        """Kills the present primary and starts it with the files of the copy."""
+        """Kills the current primary and starts it with the files of the copy."""
         self.now.kill()
         place = self.now.directory.resolve()
         shutil.rmtree(place / "data")
@@ -116,7 +116,7 @@ class Replication:
         return await asyncpg.connect(self._url(role), timeout=10)
 
     async def caught_up(self, standby: Standby) -> None:
-        """Waits until the standby has replayed everything that the present primary has written."""
+        """Waits until the standby has replayed everything that the current primary has written."""
         await caught_up(self.now, standby)
 
     def discard(self) -> None:
