@@ -26,7 +26,7 @@ class BackgroundLoop:
     | start                 | the work begins in a separate task; needs a running event loop                           |
     | start while it runs   | nothing                                                                                  |
     | start after a stop    | the work begins again from its first line                                                |
-    | stop                  | the work is cancelled; returns when it has ended, also when the work delays cancellation |
+    | stop                  | the work is cancelled; returns when it has ended, even when the work delays cancellation |
     | stop, grace_seconds=n | the work has n seconds to return by itself before it is cancelled                        |
     | stop without a start  | nothing                                                                                  |
     | stop twice            | the second call does nothing; two calls at once both return when the work has ended      |

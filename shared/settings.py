@@ -401,7 +401,7 @@ class Settings(BackendSettings):
         return self
 
     def require(self, name: str) -> None:
-        """Raises SettingsError if the setting is an empty URL: this process needs what it names."""
+        """Raises SettingsError if the setting is an empty URL, because this process needs that backend."""
         if not getattr(self, name):
             raise SettingsError(f"{variable(name)} is empty, but this process needs it")
 

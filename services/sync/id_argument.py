@@ -29,8 +29,8 @@ _SLUGS = "select id::text, slug from restaurants where id = any($1::uuid[])"
 
 
 class IdArgument(click.ParamType[str]):
-    """A UUID, or a unique beginning of it with at least four characters. `what`: what has the id, such as "dead
-    letter"."""
+    """A UUID, or a unique beginning of it with at least four characters. `what`: the owner of the id, such as
+    "dead letter"."""
 
     name = "id"
 

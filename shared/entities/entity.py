@@ -222,8 +222,8 @@ class Entity:
         return msgspec.json.decode(self.upcast(encoded), type=self.state)
 
     def decode(self, change: Change) -> Any:
-        """Returns the validated state after a change. Raises BrokenContract, also if the state names another tenant or
-        entity."""
+        """Returns the validated state after a change. Raises BrokenContract if it is invalid or names another tenant
+        or entity."""
         after = bytes(change.data.after)
         if version_of(after) != type_version(change.type):
             raise BrokenContract("contract_broken", f"data.after has not the version of the type {change.type!r}")

@@ -106,7 +106,7 @@ class BrokenPosition:
     reason: Reason
     position: LogPosition
     back_to: Start
-    """Where the reader continues: one of the caller's older positions, or "first"."""
+    """The place where the reader continues: one of the caller's older positions, or "first"."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class LogBatch:
     positions: list[LogPosition]
     """The positions of all messages, signals too; at least one."""
     at_end: float | None = None
-    """When the reader had received everything that the log had, on the monotonic clock; None if more may follow at
-    once."""
+    """The monotonic time at which the reader had received the whole log; None if more may follow at once."""
     broken: BrokenPosition | None = None
     """Set in the first batch after the reader went back. This batch begins after `broken.back_to`."""
 

@@ -134,7 +134,7 @@ class TappedReader:
 
 
 def _after(batch: LogBatch, position: LogPosition) -> LogBatch | None:
-    """Returns what is behind the position in a batch; None if that is nothing."""
+    """Returns the part of a batch behind the position; None if it is empty."""
     offset = position.offset
     if batch.positions[0].offset > offset:
         return batch

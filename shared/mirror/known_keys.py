@@ -1,5 +1,5 @@
-"""Whether a mirror knows what was created with an Idempotency-Key in the last weeks, so that another creation is new.
-Every method raises MirrorUnavailable or MirrorInDoubt."""
+"""Asks whether a mirror knows the entities that were created with an Idempotency-Key in the last weeks, so that another
+creation is new. Every method raises MirrorUnavailable or MirrorInDoubt."""
 
 from collections.abc import Sequence
 

@@ -73,7 +73,7 @@ class JsonErrors(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Writes what has no end of line yet."""
+        """Writes the last line, which has no end of line yet."""
         rest, self._rest = self._rest, ""
         self._put(rest)
 

@@ -60,7 +60,7 @@ class Checkpoint(Struct, frozen=True):
     """The counts of the leader (LedgerTotals), as JSON."""
     at: datetime | None = None
     age_seconds: float = 0.0
-    """When it was read, on the clock of PostgreSQL."""
+    """The time of the read, by the clock of PostgreSQL."""
 
 
 async def last_checkpoint(connection: Connection) -> Checkpoint | None:

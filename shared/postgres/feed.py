@@ -1,7 +1,7 @@
 """The feed: reads `changes` in the order in which PostgreSQL can promise it, by (xid, seq).
 
 Guarantee: a reader that continues from its last position, page after page, receives every committed change at least
-once. It keeps the position where it keeps what it made of the changes.
+once. It must store the position together with the results of the changes.
 
 Order: by transaction id, then by sequence number. A transaction with a small id may commit late, so a position never
 passes the oldest transaction that still runs (`pg_snapshot_xmin`). Such a transaction, also one of another database of

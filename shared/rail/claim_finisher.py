@@ -1,7 +1,7 @@
 """Finishes stale claims: records and reveals the change that its owner left behind when it died or stalled.
 
 A commit finishes the stale claim that stands in its way. The reconciler finishes all others. Finishing is idempotent:
-the change keeps its id, so that two instances may finish the same claim, also while its owner does.
+the change keeps its id, so that two instances may finish the same claim, even while its owner does.
 
 A claim that cannot be finished holds back no other one: the round passes over it, and later rounds try it again after a
 growing pause. Reasons are a change that the broker does not confirm and no journal takes, and a change of a newer

@@ -1,4 +1,4 @@
-"""The drainer: publishes the entries of the journal, also while new changes are published.
+"""The drainer: publishes the entries of the journal, even while new changes are published.
 
 An entry leaves the journal only after its publisher confirm. If a publish is in doubt, the entry is published again,
 which is harmless. While the broker is unavailable, the drainer waits for the connection. It may be stopped at any time.

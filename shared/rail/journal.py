@@ -103,7 +103,7 @@ class Journal:
         self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._db: sqlite3.Connection | None = None
         self._requested = False
-        """True from `open` to `close`, also while the file cannot be opened."""
+        """True from `open` to `close`, even while the file cannot be opened."""
         self._tried_at = float("-inf")
         self._untidy = False
         """True while the write-ahead log may hold a failed append."""
@@ -123,8 +123,8 @@ class Journal:
         return self._db is not None
 
     async def open(self) -> None:
-        """Opens the file. Raises JournalBroken, also if another process holds the journal. After an error, the next use
-        tries again."""
+        """Opens the file. Raises JournalBroken if it is damaged or if another process holds the journal. After an
+        error, the next use tries again."""
         self._requested = True
         await self._run(self._open)
 

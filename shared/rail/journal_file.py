@@ -202,7 +202,7 @@ def connect(path: Path, factory: type[sqlite3.Connection] = sqlite3.Connection) 
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """Opens the file for reading, also while its owner has it open. Changes nothing, not even when the connection is
+    """Opens the file for reading, even while its owner has it open. Changes nothing, not even when the connection is
     closed. Raises sqlite3.Error."""
     if path.exists() and path.stat().st_size <= 1:
         # SQLite treats a file of one byte as empty, and removes the write-ahead log of an empty file even on a read.

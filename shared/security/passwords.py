@@ -59,8 +59,8 @@ def check_new_password(password: str, email: str, *, field: str = "password") ->
 
 
 def _is_common(folded: str) -> bool:
-    """Returns whether a password, or what is left of it without digits and signs at its ends and without repetition,
-    is in the list: `password`, `Password2024!` and `passwordpassword`."""
+    """Returns whether a password, or the rest of it without digits and signs at its ends and without repetition, is in
+    the list: `password`, `Password2024!` and `passwordpassword`."""
     core = _AFFIXES.sub("", folded)
     repeated = _REPEATED.fullmatch(core)
     candidates = {folded, core, repeated[1] if repeated else core}

@@ -132,7 +132,7 @@ class RevocationPoller:
             self.loop.turned()
 
     async def poll(self) -> None:
-        """Reads what was revoked since the last poll. Raises one of UNAVAILABLE, or PostgresError."""
+        """Reads the revocations since the last poll. Raises one of UNAVAILABLE, or PostgresError."""
         async with self._postgres.connection() as connection:
             rows = await connection.fetch(_NEW_ROWS, None if self._last is None else self._last - _OVERLAP)
         at = rows[0]["at"]

@@ -155,7 +155,7 @@ async def test_servers_that_lose_their_last_writes_lose_and_double_nothing(own: 
 
 
 @pytest.mark.slow  # it is a third run of the chaos load
-async def test_the_proof_names_what_a_worker_loses_by_acknowledging_too_early_and_the_ledger_heals_it(
+async def test_proof_names_the_changes_lost_by_an_early_acknowledgement_and_the_ledger_restores_them(
     rig: ChaosRig, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await rig.system.stop("worker")

@@ -7,7 +7,7 @@ from tests.rigs.restaurant import expect, refused, register_restaurant
 from tests.rigs.system import System, eventually
 
 
-async def test_read_of_what_postgres_lacks_is_503_and_a_list_is_incomplete_until_the_mirror_is_warm(
+async def test_read_of_a_missing_state_is_503_and_a_list_is_incomplete_until_the_mirror_is_warm(
     system: System,
 ) -> None:
     restaurant = await register_restaurant(system)
@@ -21,7 +21,7 @@ async def test_read_of_what_postgres_lacks_is_503_and_a_list_is_incomplete_until
                 assert int(reply.headers["retry-after"]) >= 1
             assert (await admin.put(f"{url}/api/menu/{uuid4()}", json={"price": 1})).status_code == 503
 
-            # A list may lack what PostgreSQL does not have yet, and says so.
+            # A list may lack dishes that PostgreSQL does not have yet, and says so.
             for path in ("/api/orders", "/api/menu", "/api/payments"):
                 reply = await admin.get(f"{url}{path}")
                 expect(reply)

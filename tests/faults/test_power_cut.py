@@ -184,7 +184,7 @@ async def test_a_mirror_that_lost_its_end_shows_what_postgres_has_and_forks_noth
     await eventually(read, what="the synced order", until=lambda seen: seen == (accepted, "synced"))
     assert len(set(numbers)) == len(numbers)
 
-    # The ledger loop publishes to the log what it has lost, and every store has every change once.
+    # The ledger loop publishes the lost changes to the log again, and every store has every change once.
     async def differences() -> int:
         printed = json.loads(await system.cli("full-sync", "--verify", "--json", check=False))
         return len(printed["differences"]) + printed["pending"] + (not printed["compared"])

@@ -1,4 +1,4 @@
-"""A backup of PostgreSQL holds every table, and a restored database goes on: the ledger brings back what it lacks."""
+"""A backup of PostgreSQL holds every table, and the ledger adds the changes that a restored database lacks."""
 
 import asyncio
 import stat
@@ -66,7 +66,7 @@ async def rows(url: str) -> dict[str, int]:
         await connection.close()
 
 
-async def test_restored_backup_has_every_row_and_the_ledger_brings_back_what_came_later(
+async def test_restored_backup_has_every_row_and_the_ledger_restores_later_changes(
     make_rig: MakeRig, servers: Servers, empty: str, tmp_path: Path
 ) -> None:
     rig = await make_rig()

@@ -1,4 +1,4 @@
-"""The feed loop on real servers: the mirror shows what PostgreSQL has, also after one of both has lost data."""
+"""The feed loop on real servers: the mirror shows what PostgreSQL has, even after one of both has lost data."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -164,7 +164,7 @@ async def test_wiped_mirror_is_left_alone_until_it_is_filled(rig: Rig, redis: Re
     await shows(rig, later, pending=False)
 
 
-async def test_older_copy_of_the_mirror_gets_what_it_lacks(rig: Rig, redis: Redis) -> None:
+async def test_older_copy_of_the_mirror_gets_the_missing_states(rig: Rig, redis: Redis) -> None:
     """A failover to a replica that lagged: the copy has an older position of the feed."""
     before = await rig.mirror.feed_position()
     assert before is not None

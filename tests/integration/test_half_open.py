@@ -125,7 +125,7 @@ async def test_slow_body_that_is_steady_enough_is_read(restaurant: RestaurantRig
         async def parts() -> AsyncIterator[bytes]:
             for start in range(0, len(body), 4_000):
                 yield body[start : start + 4_000]
-                await asyncio.sleep(0.2)  # the pause is what is tested: it makes the body late without its bytes
+                await asyncio.sleep(0.2)  # the tested pause, which makes the body late without its bytes
 
         async with http_client(base_url=url, headers={"Authorization": f"Bearer {restaurant.token}"}) as client:
             made(await client.post("/api/tables", content=parts()))

@@ -147,7 +147,7 @@ async def test_repeat_of_an_order_that_a_wiped_mirror_does_not_know_yet_is_repla
     assert isinstance(new, Committed) and new.visible
 
 
-async def test_creation_with_a_key_goes_on_while_neither_the_mirror_nor_postgres_can_say_whether_it_is_a_repeat(
+async def test_creation_with_a_key_continues_while_no_store_knows_whether_it_is_a_repeat(
     rig: StockRig,
 ) -> None:
     await rig.server.call("DEL", keys.KEYS)
@@ -161,7 +161,7 @@ class NotAsked:
         raise AssertionError(f"the stores were asked for {entity.name} {id_}")
 
 
-async def test_creation_of_what_never_leaves_the_mirror_looks_nowhere(rig: StockRig) -> None:
+async def test_creation_of_an_entity_that_never_leaves_the_mirror_searches_no_store(rig: StockRig) -> None:
     await rig.server.call("DEL", keys.KEYS)
     dish = builders.menu_item(restaurant_id=rig.restaurant)
     made = await Creations(rig.rail, NotAsked()).create(structs.replace(draft(MENU_ITEM, dish), keyed=True))

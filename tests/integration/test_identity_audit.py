@@ -1,4 +1,4 @@
-"""The audit of identity: what happens to users and API keys is listed by `GET /api/audit`, and written to the log."""
+"""The audit of identity: `GET /api/audit` and the log show the events of users and API keys."""
 
 import json
 from typing import Any

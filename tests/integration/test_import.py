@@ -1,4 +1,4 @@
-"""`ticketrail import` on a running system: from files and from another PostgreSQL, also when it is interrupted."""
+"""`ticketrail import` on a running system: from files and from another PostgreSQL, even when it is interrupted."""
 
 import asyncio
 import gzip

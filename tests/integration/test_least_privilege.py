@@ -132,7 +132,7 @@ async def test_services_with_users_of_their_own_place_push_repair_and_report(ops
 
 
 @pytest.mark.parametrize("service", NAMES)
-async def test_no_service_can_declare_a_queue_or_read_what_it_does_not_need(system: System, service: str) -> None:
+async def test_no_service_can_declare_a_queue_or_read_data_that_it_does_not_need(system: System, service: str) -> None:
     connection = await aio_pika.connect(broker_url(system, service))
     async with connection:
         with pytest.raises(ChannelAccessRefused):
@@ -203,7 +203,7 @@ async def test_mirror_of_compose_keeps_the_writes_of_scripts_over_a_restart_and_
         server.kill()
 
 
-async def test_operators_see_who_exists_and_no_hash(system: System) -> None:
+async def test_operators_see_users_without_their_hashes(system: System) -> None:
     async with system.database("ticketrail_ops") as ops:
         assert await ops.fetch("select id, email, name, role, is_active from users")
         for secret in ("password_hash from users", "* from users", "key_sha256 from api_keys"):

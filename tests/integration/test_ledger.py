@@ -340,7 +340,7 @@ async def test_no_change_is_unexplained_under_load_and_all_are_synced_at_the_end
         await eventually(synced, within=120, what="all changes synced", until=lambda count: count == sent)
 
 
-async def test_next_report_reads_only_what_is_new(ledger_rig: LedgerRig, servers: Servers) -> None:
+async def test_next_report_reads_only_new_changes(ledger_rig: LedgerRig, servers: Servers) -> None:
     made = [change(order(items=1)) for _ in range(50)]
     await ledger_rig.rig.publish(*made)
     await ledger_rig.until(synced=50)

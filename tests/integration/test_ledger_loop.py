@@ -130,7 +130,7 @@ async def synced(rig: Rig, made: Change) -> None:
     )
 
 
-async def test_commits_deleted_behind_a_settled_mirror_come_back_and_are_never_trimmed(rigged: LedgerRig) -> None:
+async def test_commits_deleted_behind_a_settled_mirror_are_restored_and_never_trimmed(rigged: LedgerRig) -> None:
     rig = rigged.rig
     at = now() - timedelta(days=30)
     lost = change(order(status=OrderStatus.COMPLETED, created_at=at, updated_at=at))
@@ -232,7 +232,7 @@ async def test_ledger_without_a_leader_raises_an_alarm(rigged: LedgerRig) -> Non
             await follower.stop()
 
 
-async def test_log_that_was_created_again_gets_what_postgres_has(rigged: LedgerRig) -> None:
+async def test_log_that_was_created_again_gets_the_changes_of_postgres(rigged: LedgerRig) -> None:
     rig = rigged.rig
     expired = change(order())
     await rig.publish(expired)

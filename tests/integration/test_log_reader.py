@@ -1,4 +1,4 @@
-"""The log reader on a real stream: entries in order and once, also after faults of the connection or the stream."""
+"""The log reader on a real stream: entries in order and once, even after faults of the connection or the stream."""
 
 import asyncio
 import gc

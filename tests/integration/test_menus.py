@@ -95,7 +95,7 @@ async def test_change_in_the_log_reaches_the_menu_although_no_store_has_it(menu:
     await menu.costs(200)
 
 
-async def test_change_that_the_log_brings_before_its_menu_is_loaded_is_kept(menu: MenuRig) -> None:
+async def test_change_that_the_log_delivers_before_its_menu_is_loaded_is_kept(menu: MenuRig) -> None:
     _, dearer = menu.priced(200)
     menu.menus.start()
     await menu.attached()

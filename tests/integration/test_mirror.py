@@ -246,7 +246,7 @@ async def test_change_that_is_synced_before_its_reveal_is_not_pending(mirror: Mi
 
 
 async def warmed(mirror: Mirror, identity: int = 1) -> LogPosition:
-    """Makes the mirror warm. If it was warm, it first gets cold, as one that has lost what was applied."""
+    """Makes the mirror warm. If it was warm, it first becomes cold, like a mirror that has lost applied states."""
     assert await mirror.apply([], at=at_offset(10**9)) is None
     if (position := await mirror.log_position()) is not None:
         assert await mirror.go_back(position, NOTHING_APPLIED)
@@ -285,7 +285,7 @@ async def test_only_a_warm_mirror_takes_claims_and_a_restart_makes_it_cold(mirro
 
 
 @pytest.mark.parametrize("fault", ["failback", "restart", "flush"])
-async def test_server_that_is_not_what_its_stamp_names_is_cold_to_every_script(
+async def test_server_that_its_stamp_does_not_name_is_cold_to_every_script(
     mirror: Mirror, redis: Redis, fault: str
 ) -> None:
     restaurant = builders.new_id()

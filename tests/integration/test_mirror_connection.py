@@ -168,7 +168,7 @@ async def test_server_that_evicts_keys_is_refused(redis: Redis, link: MirrorConn
     ],
     ids=["cluster", "no info", "no scripts"],
 )
-async def test_server_that_cannot_be_a_mirror_is_refused_and_says_what_to_set(
+async def test_server_that_cannot_be_a_mirror_is_refused_and_the_error_names_the_setting(
     tmp_path: Path, arguments: tuple[str, ...], told: str
 ) -> None:
     server = local_redis(tmp_path, *arguments)

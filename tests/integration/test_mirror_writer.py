@@ -38,7 +38,7 @@ async def mirrored(make_rig: MakeRig, redis: Redis) -> AsyncIterator[MirrorRig]:
     rig = await make_rig(redis_url=redis.url, mirror_settle_seconds=0.2)
     await redis.command("FLUSHALL")
     made = MirrorRig(rig)
-    await rig.writer.start()  # a mirror becomes warm when PostgreSQL has what was sent before
+    await rig.writer.start()  # a mirror becomes warm when PostgreSQL has all earlier messages
     made.writer.start()
     await made.warm()
     yield made
@@ -119,7 +119,7 @@ async def test_replaced_mirror_gets_the_changes_that_the_first_one_had(
     await mirrored.shown(made)
 
 
-async def test_old_copy_that_is_restored_into_the_running_server_makes_the_mirror_cold_until_it_is_filled_again(
+async def test_old_copy_restored_into_the_running_server_keeps_the_mirror_cold_until_it_is_filled(
     mirrored: MirrorRig, redis: Redis
 ) -> None:
     first = change(order(items=1))

@@ -1,4 +1,4 @@
-"""Who may register a restaurant: everybody, those with an invitation, or nobody but an operator."""
+"""The setting decides who may register a restaurant: everybody, people with an invitation, or operators alone."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -169,7 +169,7 @@ async def test_operator_who_is_deactivated_by_command_is_refused_until_activated
     ]
 
 
-async def test_a_service_that_starts_later_refuses_what_ended_before(
+async def test_a_service_that_starts_later_refuses_sessions_that_ended_before(
     system: System, restaurant: RegisteredRestaurant
 ) -> None:
     async with signed_in(restaurant) as one:

@@ -81,7 +81,7 @@ async def test_successful_sign_ins_are_not_counted(url: str, registered: Registe
     user, address = await registered.user(), next(addresses)
     replies = [await sign_in(url, user["email"], address=address) for _ in range(FAILURES_PER_ACCOUNT_AND_ADDRESS + 2)]
     assert {reply.status_code for reply in replies} == {200}
-    # They gave back what they took, so the failures are counted from the beginning.
+    # They gave back their tokens, so the count of failures begins at zero.
     assert set(await fail(url, user["email"], address, FAILURES_PER_ACCOUNT_AND_ADDRESS)) == {401}
 
 

@@ -269,7 +269,7 @@ async def test_hold_reaches_a_count_that_is_claimed_and_not_revealed_yet(rig: St
     assert isinstance((await rig.claim(draft(ORDER, rig.order((dough, 1), created_at=ahead))))[1], Claimed)
 
 
-async def test_host_whose_clock_is_an_hour_ahead_counts_what_all_others_then_sell(rig: StockRig) -> None:
+async def test_count_by_a_host_whose_clock_is_ahead_includes_later_sales_of_other_hosts(rig: StockRig) -> None:
     now, ahead = builders.CREATED_AT, builders.CREATED_AT + timedelta(hours=1)
     base = await rig.put(ITEM, rig.item(9, now))
     dough = base[1].id

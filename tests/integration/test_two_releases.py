@@ -140,7 +140,7 @@ async def test_fields_of_the_newer_release_stay_when_the_older_one_changes_the_o
     assert [fields_of(data["after"]) for data in changes] == [ALL_FIELDS] * len(changes)
     events = [decode_change(event) for event in await published(made.state.id, len(changes))]
     assert [fields_of(bytes(event.data.after)) for event in events] == [ALL_FIELDS] * len(changes)
-    # The change did what it was for: nothing that was cleared stays, and `before` names no field that did not change.
+    # The change had its effect: no cleared value stays, and `before` names no field that did not change.
     assert (shown["notes"], shown["status"], shown["table_id"], shown["deleted_at"]) == (
         "no onions",
         "received",
@@ -167,7 +167,7 @@ async def test_a_change_id_has_one_content_if_the_older_release_finishes_a_claim
     assert document is not None and document.state == bytes(change.data.after)
 
 
-async def test_the_newer_release_changes_what_the_older_one_has_changed(old: System, new: RailRig) -> None:
+async def test_the_newer_release_changes_an_entity_that_the_older_one_has_changed(old: System, new: RailRig) -> None:
     made = await new.rail.commit(draft(NEWER_ORDER, of_newer_release(old.restaurant_id)))
     async with old.client() as staff:
         expect(await staff.put(f"/api/orders/{made.state.id}", json={"notes": "no onions"}))
@@ -177,7 +177,9 @@ async def test_the_newer_release_changes_what_the_older_one_has_changed(old: Sys
     assert (await stored(old, made.state.id, 3))[-1]["after"]["fiscal_id"] is None
 
 
-async def test_a_newer_major_version_is_dead_untouched_and_replayed_after_the_upgrade(old: System) -> None:
+async def test_a_newer_major_version_becomes_a_dead_letter_and_is_replayed_after_the_upgrade(
+    old: System,
+) -> None:
     state = DiningTable(
         id=builders.new_id(),
         restaurant_id=old.restaurant_id,

@@ -157,7 +157,7 @@ async def test_an_edited_dead_letter_keeps_the_fields(
     assert (edited["total"], newer_fields(edited)) == (7, ("DE-2", 2, {"girocard"}))
 
 
-async def test_a_discarded_change_brings_back_the_fields_that_postgres_has(
+async def test_a_discarded_change_restores_the_fields_that_postgres_has(
     ops_rig: OperatorRig, nadia: httpx.AsyncClient, order: Change, marker: str
 ) -> None:
     base = msgspec.json.decode(order.data.after, type=NewerOrder)

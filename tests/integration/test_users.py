@@ -135,7 +135,7 @@ async def test_former_admin_cannot_manage_users_with_its_old_token(
             await left.delete(f"/api/users/{registered.admin_id}"),
             await left.post(f"{path}/restore"),
         ):
-            # Its session has ended, too, which this service learns within seconds.
+            # Its session has ended too. This service learns that within seconds.
             assert expect(reply, 401)["code"] in {"not_admin_any_more", "session_ended"}
 
 

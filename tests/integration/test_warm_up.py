@@ -115,7 +115,7 @@ async def test_mirror_of_a_new_system_does_not_wait_for_the_settle_period_and_a_
     await stays_cold(mirrored)
 
 
-async def test_lost_mirror_stays_cold_until_a_lane_has_delivered_what_was_sent_before(
+async def test_lost_mirror_stays_cold_until_a_lane_has_delivered_its_earlier_messages(
     mirrored: MirrorRig, redis: Redis
 ) -> None:
     made = await written(mirrored)
@@ -186,7 +186,7 @@ async def test_heartbeats_that_a_purged_lane_lost_are_sent_again(make_mirrored: 
     await mirrored.warm()
 
 
-async def test_warm_mirror_has_what_was_committed_while_it_was_filled(mirrored: MirrorRig, redis: Redis) -> None:
+async def test_warm_mirror_has_the_changes_committed_while_it_was_filled(mirrored: MirrorRig, redis: Redis) -> None:
     await written(mirrored)
     await mirrored.rig.writer.stop()
     await wipe(mirrored, redis)

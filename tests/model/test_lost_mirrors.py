@@ -45,7 +45,7 @@ def restore_into_the_running_server(machine: RailMachine) -> None:
 
 @pytest.mark.parametrize("lose", [lose_in_a_failback, restore_into_the_running_server])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm again", "still cold"])
-def test_claim_that_an_older_copy_brings_back_is_not_finished(
+def test_claim_that_an_older_copy_restores_is_not_finished(
     machine: RailMachine, lose: Callable[[RailMachine], None], warm: bool
 ) -> None:
     refuse_a_change(machine)

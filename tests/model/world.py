@@ -190,7 +190,7 @@ class World:
         self.run(self.gate.happen(step, outcome))
 
     def _note(self, step: Step, result: Any) -> None:
-        """Notes the effect of a call, also if its caller never gets the reply."""
+        """Notes the effect of a call, even if its caller never gets the reply."""
         if step.kind == "claim":
             self.seen[f"claim: {type(result).__name__}"] += 1
             if isinstance(result, Claimed):

@@ -15,7 +15,7 @@ from tests.rigs.system import eventually
 
 
 class OwnBroker(Servers):
-    """The servers of the run, but with a local RabbitMQ process that a test may restart, also in a run that uses
+    """The servers of the run, but with a local RabbitMQ process that a test may restart, even in a run that uses
     containers."""
 
     def __init__(self, shared: Servers, folder: Path) -> None:

@@ -77,7 +77,7 @@ def test_other_content_is_the_fault_of_the_key_or_else_of_the_id() -> None:
     assert (refused.value.error_code, refused.value.details) == ("payment_id_reused", {"field": "id"})
 
 
-def test_hash_covers_what_was_sent_in_any_order_of_its_fields() -> None:
+def test_hash_covers_the_sent_fields_in_any_order() -> None:
     sent = request_hash(b'{"items": [{"id": 1, "quantity": 2}], "notes": "caf\\u00e9"}')
     assert request_hash('{"notes":"café","items":[{"quantity":2,"id":1}]}'.encode()) == sent
     for other in (b'{"notes":"caf","items":[{"quantity":2,"id":1}]}', b'{"items":[{"quantity":2,"id":1}]}'):

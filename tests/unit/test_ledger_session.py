@@ -100,7 +100,7 @@ async def test_comparison_is_steady_from_the_end_of_the_log_on_and_not_after_a_p
     assert found.steady_seconds == 1
 
 
-async def test_entries_that_have_expired_are_reported_and_the_comparison_goes_on() -> None:
+async def test_entries_that_have_expired_are_reported_and_the_comparison_continues() -> None:
     found = a_comparison(checkpoint("a", 3, 9))
     await read(found, batch(20, 21, broken=BrokenPosition("expired", at(3), "first")))
     assert found.totals.expired == [ExpiredRange(3, 20)]
@@ -111,7 +111,7 @@ async def test_entries_that_have_expired_are_reported_and_the_comparison_goes_on
     assert found.totals.expired == [ExpiredRange(3, 25)], "the same range has grown"
 
 
-async def test_log_that_does_not_prove_what_was_read_ends_the_comparison() -> None:
+async def test_log_that_lacks_an_entry_that_was_read_ends_the_comparison() -> None:
     with pytest.raises(EndOfSession, match="truncated"):
         await read(a_comparison(checkpoint("a", 3, 9)), batch(0, broken=BrokenPosition("truncated", at(3), "first")))
     with pytest.raises(EndOfSession, match="was cut"):

@@ -35,7 +35,7 @@ def test_change_that_both_sides_have_leaves_both() -> None:
     assert (sides.log_low, sides.feed_low) == (at(1), (6, 1))
 
 
-def test_next_beginning_is_before_what_one_side_alone_has() -> None:
+def test_next_beginning_is_before_every_change_that_one_side_alone_has() -> None:
     sides = Sides(BEFORE_LOG, BEFORE_LOG, (0, 0))
     logs(sides, "a", 0)
     commits(sides, "a", 5)
@@ -64,7 +64,7 @@ def test_log_is_read_again_from_before_every_change_that_the_feed_repeats() -> N
     assert (sides.log_low, sides.feed_low) == (at(2), (7, 1))
 
 
-def test_change_that_was_looked_up_is_not_missing_in_the_log_when_the_feed_brings_it() -> None:
+def test_change_that_was_looked_up_is_not_missing_in_the_log_when_the_feed_delivers_it() -> None:
     sides = Sides(BEFORE_LOG, BEFORE_LOG, (0, 0))
     logs(sides, "held back", 0)
     logs(sides, "dead", 1)

@@ -61,7 +61,7 @@ async def test_a_second_stop_does_nothing() -> None:
     assert (work.begun, work.ended) == (1, 1)
 
 
-async def test_a_stopped_loop_starts_again_and_goes_on_counting() -> None:
+async def test_a_stopped_loop_starts_again_and_continues_to_count() -> None:
     work = Work()
     work.loop.start()
     await work.turn()

@@ -118,7 +118,7 @@ async def test_second_loop_does_not_join_before_it_has_read_to_the_end() -> None
 
 
 @pytest.mark.parametrize("why", ["ended", "went back", "too much"])
-async def test_second_loop_goes_on_with_a_reader_of_its_own(why: str) -> None:
+async def test_second_loop_continues_with_a_reader_of_its_own(why: str) -> None:
     second = await joined()
     second.tap.pass_on(batch(11, 11))
     await second.has_read(12)

@@ -505,7 +505,7 @@ def test_the_last_payment_that_fits_is_the_thousandth() -> None:
 # -- splits ------------------------------------------------------------------------------------------------------
 
 
-def test_a_split_refuses_what_does_not_add_up() -> None:
+def test_a_split_refuses_amounts_that_do_not_add_up() -> None:
     order = placed(SOUP, FISH)
     assert refusal(lambda: split_by_amounts(order, [1000, 576])).details == {"balance": 1575}
     assert split_by_amounts(order, [1000]) == [1000, 575]

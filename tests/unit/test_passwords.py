@@ -1,4 +1,4 @@
-"""Which passwords and emails are accepted, and in which form they count."""
+"""The rules for passwords and emails, and the form in which they are stored."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""How many messages a consumer of a lane takes."""
+"""The number of messages that a consumer of a lane takes."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_a_consumer_that_holds_too_much_reduces_all_consumers_of_its_lane_for_a_
     assert lane.present == 100
 
 
-def test_after_a_message_that_was_delivered_many_times_a_consumer_takes_one_at_a_time_for_a_minute() -> None:
+def test_a_consumer_takes_one_at_a_time_for_a_minute_after_a_message_with_many_deliveries() -> None:
     watch = Watch()
     lane = LanePrefetch(100, watch)
     lane.delivered(MANY_DELIVERIES - 1)

@@ -1,4 +1,4 @@
-"""When the recorder publishes a change, and when the change goes to the journal. Publisher and journal are fakes."""
+"""The recorder publishes a change, or writes it to the journal. Publisher and journal are fakes."""
 
 import asyncio
 from typing import Any, cast
@@ -107,7 +107,7 @@ async def test_changes_that_wait_together_share_messages_of_at_most_128_kib() ->
 # -- a slow broker -------------------------------------------------------------------------------------------------
 
 
-async def test_a_change_that_waits_too_long_for_its_publish_goes_to_the_journal_and_the_sent_one_does_not() -> None:
+async def test_a_change_that_waits_too_long_goes_to_the_journal_and_the_sent_one_does_not() -> None:
     notes, journal = NotingPublisher(holds=True), NotingJournal()
     made = recorder(notes, journal)
     sent = asyncio.create_task(made.record(LANE, b"1"))

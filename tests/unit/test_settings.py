@@ -376,7 +376,7 @@ def test_every_trace_is_kept_in_development_and_a_tenth_in_production(load: Load
 
 
 @pytest.mark.parametrize("path", [".env.example", "docs/settings.md"])
-def test_the_documents_are_what_make_settings_writes(path: str) -> None:
+def test_make_settings_would_not_change_the_documents(path: str) -> None:
     assert (ROOT / path).read_text() == settings_docs.documents()[path], f"{path} is out of date: run `make settings`"
 
 

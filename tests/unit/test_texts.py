@@ -170,7 +170,7 @@ def test_lists_of_codes_are_complete() -> None:
     assert {"EUR", "GBP", "USD", "CHF", "JPY", "INR", "PLN", "XCG"} <= set(currencies)
 
 
-def test_error_of_an_enumeration_lists_what_is_allowed() -> None:
+def test_error_of_an_enumeration_lists_the_allowed_values() -> None:
     refused = refusal(CreateUser, **{**USER, "role": "chef"})
     assert refused.message == "must be one of admin, staff, customer"
     assert refused.details == {"field": "role", "allowed": ["admin", "staff", "customer"]}

@@ -1,4 +1,4 @@
-"""Where a session of the ledger begins: at a checkpoint that the log proves."""
+"""Finds the beginning of a session of the ledger: a checkpoint that the log proves."""
 
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -37,7 +37,7 @@ async def oldest_kept(connection: Connection) -> Checkpoint | None:
 
 async def first_entry(reader: LogReader, connection: Connection) -> Checkpoint | None:
     """Returns a beginning at the first entry that the log has; None if the log still has everything. The feed begins at
-    the oldest checkpoint of these entries, because the log lacks what is before it."""
+    the oldest checkpoint of these entries, because the log lacks all earlier changes."""
     async with aclosing(reader.read("first")) as batches:
         async for batch in batches:
             first = batch.positions[0].offset

@@ -1,5 +1,5 @@
-"""Repairs what one side of the ledger lacks: sends a change of the log to its lane again, or publishes a change of
-PostgreSQL to the logs again.
+"""Repairs the differences between the two sides of the ledger: sends a change of the log to its lane again, or
+publishes a change of PostgreSQL to the logs again.
 
 Both are repeats with the same change id, so a wrong one costs a message and changes nothing: the PostgreSQL writer and
 the mirror drop what they have. A publish that fails is tried again in the next round.

@@ -12,9 +12,9 @@
 A change counts once, in the first of these places. `only_in_postgres` are synced changes that the log lacks.
 
 A report has a session of the leader's class without repairs (session.py). It begins at a checkpoint, or at the first
-entry that the log has, reads log and feed to their ends, and looks up what one side alone has. A checkpoint proves that
-nothing before its `log_low` is open, so that each report names every open change, wherever it begins; from the first
-entry on, it proves that without the leader's word.
+entry that the log has, reads log and feed to their ends, and looks up the changes that one side alone has. A checkpoint
+proves that nothing before its `log_low` is open, so that each report names every open change, wherever it begins; from
+the first entry on, it proves that without the leader's word.
 
 A change that left its lane counts as unexplained after `timeout_seconds`, because a consumer may still hold it. One
 that the log lacks counts after the log has been read to its end for ten seconds. The report waits for those that it
@@ -70,7 +70,7 @@ async def take_report(settings: Settings, ops: Postgres, mirror: Mirror | None =
 
 
 class Ledger:
-    """Takes reports. A further report of the same object reads only what is new."""
+    """Takes reports. A further report of the same object reads only new changes."""
 
     def __init__(
         self,

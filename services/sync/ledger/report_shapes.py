@@ -44,7 +44,7 @@ class LeaderState(Struct, frozen=True, kw_only=True):
 
 class LedgerReport(Struct, kw_only=True):
     since: datetime | None
-    """When the checkpoint was written at which the report begins; None is the first entry that the log has."""
+    """The time of the checkpoint at which the report begins; None if it begins at the first entry of the log."""
     accepted: int = 0
     synced: int = 0
     queued: int = 0

@@ -6,7 +6,7 @@ lane, look it up. In `changes` or dead, it is done; on the retry ladder, it wait
 to its lane alone, every 5 minutes, 10 times. Then it is unexplained. Only the feed has it: after 10 s in which the log
 was read to its end, publish it to the logs.
 
-A report (report.py) has a session without repairs, which names what it finds.
+A report (report.py) has a session without repairs, which lists the differences.
 
 Every five seconds the leader writes a checkpoint (shared/postgres/checkpoints.py): from where the comparison must begin
 again. A checkpoint must follow the last one of this leader.
@@ -94,11 +94,11 @@ class _Came(Struct, frozen=True):
 
     offset: int
     at: float
-    """When this session saw it in PostgreSQL, on the monotonic clock; in a report, when it was committed."""
+    """The monotonic time at which this session saw it in PostgreSQL; in a report, the time of its commit."""
 
 
 class Places(Struct, frozen=True):
-    """Where the changes are that only the log has and `changes` lacks."""
+    """The places of the changes that the log has and `changes` lacks."""
 
     retrying: set[str]
     dead: dict[str, str]
@@ -214,7 +214,7 @@ class LedgerSession:
     # -- a round ---------------------------------------------------------------------------------------------------
 
     async def round(self) -> None:
-        """Reads the feed to its end. A leader also repairs what is overdue, and writes a checkpoint if it is time.
+        """Reads the feed to its end. A leader also repairs overdue differences, and writes a checkpoint if it is time.
         Raises EndOfSession, PositionLost, ForeignDatabase or an error of PostgreSQL."""
         await self._read_feed()
         await self._note_came_through()

@@ -31,7 +31,7 @@ class FeedOnly(NamedTuple):
 
     change: FeedChange
     seen_at: float
-    """When it was read, on the monotonic clock."""
+    """The monotonic time of the read."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -93,7 +93,7 @@ class Sides:
             self._pairs.append((place, known.before))
 
     def read_log_to(self, position: LogPosition) -> bool:
-        """Moves the log position. Returns False if the log does not prove what was read before: it has another message
+        """Moves the log position. Returns False if the log does not prove the earlier position: it has another message
         there. Everything that was read before is then doubtful."""
         if position.offset < self.log_at.offset:
             self.log_position = position

@@ -1,9 +1,8 @@
 """Backups of PostgreSQL by pg_dump, and their restore into an empty database.
 
-A backup holds the whole database at one moment: every change, every state, accounts, audit and dead letters. It does
-not hold what is elsewhere: changes that wait in lanes, retry queues or journals, the change log, and the mirror. After
-a restore, the ledger brings back everything that the change log has and the database lacks
-(docs/clusters-and-backups.md).
+A backup holds the whole database at one moment: every change, every state, accounts, audit and dead letters. It lacks
+all data outside PostgreSQL: changes that wait in lanes, retry queues or journals, the change log, and the mirror. After
+a restore, the ledger adds every change that the change log has and the database lacks (docs/clusters-and-backups.md).
 
 pg_dump and pg_restore get the password through their environment, so that no process list shows it.
 """
@@ -40,7 +39,7 @@ class Backup(Struct, frozen=True):
     changes: int
     """The number of changes just before the dump began. The dump has these and perhaps a few more."""
     newest: datetime | None
-    """When the newest of these changes was written."""
+    """The time of the newest of these changes."""
 
 
 async def make_backup(settings: Settings, path: Path) -> Backup:

@@ -175,7 +175,7 @@ class MirrorWriter:
         await self.warm_up.load_keys()
 
     async def _check_position(self) -> None:
-        """Finds a mirror that has lost what this writer applied, also if no message arrives. Such a mirror is cold from
+        """Finds a mirror that has lost what this writer applied, even if no message arrives. Such a mirror is cold from
         then on, even if its stamp names its server, because somebody restored an old copy."""
         while True:
             await asyncio.sleep(_POSITION_CHECK_SECONDS)

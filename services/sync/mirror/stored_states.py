@@ -43,7 +43,7 @@ def readable_states(entity: Entity, found: Sequence[StoredState]) -> list[Apply]
 
 
 async def load_states(mirror: Mirror, connection: Connection, entities: Sequence[StoredHead]) -> list[StoredHead]:
-    """Writes the states of PostgreSQL to the mirror, and returns what it has written."""
+    """Writes the states of PostgreSQL to the mirror, and returns the written ones."""
     written = []
     for name, entity in registry.ENTITIES.items():
         if not (ids := [(one.restaurant_id, one.id) for one in entities if one.entity == name]):

@@ -67,7 +67,7 @@ class StartPoint(Struct):
     position: LogPosition
     """The position of the mirror."""
     start: Start
-    """Where the mirror writer begins to read."""
+    """The position at which the mirror writer begins to read."""
     server: str
     """The server that is filled (see `Mirror.server`)."""
     warm: bool
@@ -258,8 +258,8 @@ class WarmUp:
     # -- the keys of requests ------------------------------------------------------------------------------------
 
     async def load_keys(self) -> None:
-        """Lets a warm mirror know what was created with a key in the last weeks, if it does not. Until then, a creation
-        with a key looks in PostgreSQL. Raises Rewind, MirrorUnavailable or MirrorInDoubt."""
+        """Loads the heads of the entities that were created with a key in the last weeks, if a warm mirror lacks them.
+        Until then, a creation with a key looks in PostgreSQL. Raises Rewind, MirrorUnavailable or MirrorInDoubt."""
         await self._with_postgres(self._load_keys)
 
     async def _load_keys(self) -> None:

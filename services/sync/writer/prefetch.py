@@ -5,9 +5,9 @@ more: after `DELIVERY_LIMIT` deliveries the broker dead-letters it. Therefore:
 
     start      A consumer begins with one message, and takes the full prefetch after it has settled that one. A process
                that dies repeatedly at its start burns the deliveries of one message and not of a hundred.
-    bytes      A consumer above `MAX_HELD_BYTES` gives back what it has no room for. For a minute, all consumers of the
-               lane take at most a quarter of the prefetch, and no more than fit into that memory, so that they do not
-               give back the same messages again.
+    bytes      A consumer above `MAX_HELD_BYTES` gives back the messages that exceed it. For a minute, all consumers of
+               the lane take at most a quarter of the prefetch, and no more than fit into that memory, so that they do
+               not give back the same messages again.
     repeats    After a message that was delivered many times, consumers take one message at a time for a minute. Only
                the message that breaks its consumer then comes closer to the delivery limit.
 
