@@ -11,7 +11,7 @@ from msgspec import structs
 from shared.entities.inventory_item import ENTITY as ITEM
 from shared.entities.inventory_item import recount_at
 from shared.entities.order import ENTITY as ORDER
-from shared.entities.order import OrderStatus, StockHold
+from shared.entities.order import OrderStatus, StockHold, next_hold_at
 from shared.mirror import keys
 from shared.mirror.claim_replies import Claimed, Restamp, StockShort
 from shared.mirror.stock_texts import stock_text
@@ -230,6 +230,24 @@ async def test_hold_below_the_count_takes_the_time_of_the_count(rig: StockRig) -
         _, order = await rig.put(ORDER, rig.order((dough, 1), created_at=at + timedelta(microseconds=micros)))
         assert order.holds == (StockHold(dough, 1, held_at),)
         assert await rig.left(dough) == left
+
+
+async def test_order_below_the_counts_of_two_items_takes_from_both(rig: StockRig) -> None:
+    at = builders.CREATED_AT
+    dough, cheese = [await rig.put(ITEM, rig.item(10, at + timedelta(minutes=n))) for n in (1, 2)]
+    ids = dough[1].id, cheese[1].id
+    _, order = base = await rig.put(ORDER, rig.order((ids[0], 1), (ids[1], 2), created_at=at))
+    assert [await rig.left(one) for one in ids] == [9, 8]
+    held = {hold.inventory_item_id: hold.held_at for hold in order.holds}
+    assert held[ids[0]] >= dough[1].counted_at and held[ids[1]] >= cheese[1].counted_at
+    # The order takes more of both, with a time below the second count of one of them.
+    counted = at + timedelta(hours=1)
+    await rig.put(ITEM, structs.replace(cheese[1], quantity=20, counted_at=counted), cheese)
+    again = next_hold_at(order, at + timedelta(minutes=3))
+    more = tuple(StockHold(one, 3, again) for one in ids)
+    _, order = await rig.put(ORDER, structs.replace(order, holds=(*order.holds, *more)), base)
+    assert [await rig.left(one) for one in ids] == [6, 17]
+    assert max(hold.held_at for hold in order.holds if hold.inventory_item_id == ids[1]) >= counted
 
 
 async def test_count_is_above_every_hold_that_was_claimed_before_it(rig: StockRig) -> None:
