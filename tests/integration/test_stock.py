@@ -151,7 +151,7 @@ async def test_cancelled_order_returns_its_stock_once_in_any_order_of_its_events
     other = await rig.put(ORDER, rig.order((dough, 2)))
     base = await rig.put(ORDER, rig.order((dough, 3)))
     base = await rig.put(ORDER, structs.replace(base[1], holds=(StockHold(dough, 5),)), base)
-    await rig.put(ORDER, structs.replace(base[1], status=OrderStatus.CANCELLED), base)
+    await rig.put(ORDER, builders.with_status(base[1], OrderStatus.CANCELLED), base)
     assert await rig.left(dough) == 8
     for order in itertools.permutations(rig.broker.recorded().values()):
         await rig.reveal(*order, order[0])
@@ -218,7 +218,7 @@ async def test_recount_includes_earlier_orders_but_not_what_they_take_later(rig:
     more = structs.replace(base[1], holds=(StockHold(dough, 4), StockHold(dough, 2, later)))
     base = await rig.put(ORDER, more, base)
     assert await rig.left(dough) == 1
-    await rig.put(ORDER, structs.replace(base[1], status=OrderStatus.CANCELLED), base)
+    await rig.put(ORDER, builders.with_status(base[1], OrderStatus.CANCELLED), base)
     assert await rig.left(dough) == 3
 
 

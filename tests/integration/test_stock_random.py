@@ -121,7 +121,7 @@ class RandomStock(StockRig):
             if order.status in _FINAL_STATUSES or kind == "existence":
                 return structs.replace(order, deleted_at=at)
             if kind == "status":
-                return structs.replace(order, status=self.chance.choice((OrderStatus.RECEIVED, *_FINAL_STATUSES)))
+                return builders.with_status(order, self.chance.choice((OrderStatus.RECEIVED, *_FINAL_STATUSES)))
             items = self.dishes()
             return structs.replace(
                 order, items=items, holds=holds(items, self.menu, order.holds, next_hold_at(order, at))

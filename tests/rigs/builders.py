@@ -58,6 +58,11 @@ def order(*, items: int | tuple[OrderItem, ...] = 3, **fields: Any) -> Order:
     return Order(**{**defaults, **fields})
 
 
+def with_status(order: Order, status: OrderStatus, **fields: Any) -> Order:
+    """Returns the order in another status, whether or not that status may follow. `fields` are further new values."""
+    return structs.replace(order, status=status, **fields)
+
+
 def menu_item(**fields: Any) -> MenuItem:
     defaults: dict[str, Any] = {
         "id": new_id(),

@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import aio_pika
 import httpx
-from msgspec import structs
 
 from deploy.local.port_check import find_free
 from shared.entities.contract import Change, Lane, now
@@ -22,7 +21,7 @@ from shared.messaging.topology import CHANGES, LOG
 from shared.security.tokens import Identity, Role, Tokens
 from shared.settings import Settings
 from tests.rigs import zygote
-from tests.rigs.builders import RESTAURANT, change, message, order
+from tests.rigs.builders import RESTAURANT, change, message, order, with_status
 from tests.rigs.http_client import http_client
 from tests.rigs.servers import Servers
 from tests.rigs.system import eventually
@@ -245,7 +244,7 @@ async def screen_at(
 
 
 def moved(base: Change, state: Order, status: OrderStatus) -> tuple[Change, Order]:
-    after = structs.replace(state, status=status)
+    after = with_status(state, status)
     return change(after, event="status_changed", base=base, before=state), after
 
 

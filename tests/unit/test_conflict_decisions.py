@@ -13,7 +13,7 @@ from shared.entities.contract import encode
 from shared.entities.inventory_item import InventoryItem
 from shared.entities.order import Order, OrderStatus, PaymentStatus, StockHold
 from shared.errors import Conflict
-from tests.rigs.builders import new_id, order, payment
+from tests.rigs.builders import new_id, order, payment, with_status
 
 BASE = order(notes="as it was", customer_name="Ada")
 
@@ -80,7 +80,7 @@ def test_an_order_that_is_restored_holds_its_stock_again() -> None:
     hold = StockHold(inventory_item_id=new_id(), quantity=2)
     loser = structs.replace(BASE, holds=(hold,))
     for winner in (
-        structs.replace(loser, status=OrderStatus.CANCELLED),
+        with_status(loser, OrderStatus.CANCELLED),
         structs.replace(loser, deleted_at=BASE.updated_at),
     ):
         after = chosen(winner, winner, loser)

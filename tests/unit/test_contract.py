@@ -168,7 +168,7 @@ def test_a_repeated_change_has_the_same_id_and_any_difference_gives_another_id()
 
 def test_before_holds_only_the_old_values_of_changed_fields() -> None:
     before = builders.order(items=1)
-    after = structs.replace(before, status=OrderStatus.RECEIVED, notes="hurry")
+    after = builders.with_status(before, OrderStatus.RECEIVED, notes="hurry")
     assert changed_fields(before, after) == {"status": "pending", "notes": None}
     assert changed_fields(None, after) == {}
 

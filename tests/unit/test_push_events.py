@@ -17,7 +17,7 @@ from shared.entities.contract import BrokenContract, Change, ChangeData, encode
 from shared.entities.order import OrderStatus, StockHold
 from shared.errors import Forbidden, InvalidInput
 from shared.security.tokens import Identity, Role
-from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order
+from tests.rigs.builders import OTHER_RESTAURANT, RESTAURANT, change, menu_item, order, with_status
 
 AT = Cursor(7, 0xE, 2)
 
@@ -74,7 +74,7 @@ def test_the_payload_is_the_whole_state_with_order_id_time_and_version() -> None
 
 def test_a_stage_change_has_both_stages_and_the_event_name_of_the_subscription() -> None:
     before = order(status=OrderStatus.RECEIVED)
-    after = structs.replace(before, status=OrderStatus.PREPARING)
+    after = with_status(before, OrderStatus.PREPARING)
     event = pushed(change(after, event="status_changed", before=before, base=change(before)))
     every, one = payload(event), payload(event, of_one_order=True)
     assert (every["eventType"], one["eventType"]) == ("stage_change", "order_stage_change")
