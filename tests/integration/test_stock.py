@@ -146,12 +146,17 @@ async def test_cold_mirror_does_not_say_what_is_left(rig: StockRig) -> None:
 # -- returned stock ----------------------------------------------------------------------------------------------
 
 
-async def test_cancelled_order_returns_its_stock_once_in_any_order_of_its_events(rig: StockRig) -> None:
+@pytest.mark.parametrize("end", ["cancelled", "without a hold"])
+async def test_order_that_ends_returns_its_stock_once_in_any_order_of_its_events(rig: StockRig, end: str) -> None:
     dough = await rig.counted(10)
     other = await rig.put(ORDER, rig.order((dough, 2)))
     base = await rig.put(ORDER, rig.order((dough, 3)))
     base = await rig.put(ORDER, structs.replace(base[1], holds=(StockHold(dough, 5),)), base)
-    await rig.put(ORDER, builders.with_status(base[1], OrderStatus.CANCELLED), base)
+    if end == "cancelled":
+        ended = builders.with_status(base[1], OrderStatus.CANCELLED)
+    else:
+        ended = structs.replace(base[1], holds=())
+    await rig.put(ORDER, ended, base)
     assert await rig.left(dough) == 8
     for order in itertools.permutations(rig.broker.recorded().values()):
         await rig.reveal(*order, order[0])
