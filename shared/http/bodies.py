@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from itertools import islice
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +11,7 @@ import msgspec
 from shared.errors import InvalidInput
 from shared.http.field_rules import in_words
 from shared.http.texts import tidied
+from shared.whole_numbers import integer_if_whole
 
 MAX_BODY_BYTES = 1_000_000
 
@@ -23,7 +23,6 @@ _FLOAT = re.compile(rb"[0-9][.eE]")
 _MAX_FLOATS = 10_000
 """A body with more of them is refused. To convert 250,000, which fit into a body, would stop the service for a third of
 a second."""
-_MAX_INTEGER_DIGITS = 30
 _FIELD_NAME = re.compile(r"(?:unknown|required) field `([^`]*)`")
 
 
@@ -70,21 +69,13 @@ def _decoded(body: bytes, type_: type[T]) -> T:
         try:
             # msgspec refuses 1.0 as an integer. So such numbers are written as integers, and all checks run again.
             integers = msgspec.json.encode(
-                json.loads(body, parse_float=_integer_if_whole, parse_constant=_refuse_constant)
+                json.loads(body, parse_float=integer_if_whole, parse_constant=_refuse_constant)
             )
         except msgspec.DecodeError:
             raise
         except (ValueError, ArithmeticError, RecursionError):
             raise error from None
     return msgspec.json.decode(integers, type=type_)
-
-
-def _integer_if_whole(text: str) -> int | float:
-    number = Decimal(text)
-    # The exponent is checked first, because 1e999999999 would become an integer of a gigabyte.
-    if number.adjusted() > _MAX_INTEGER_DIGITS or number != number.to_integral_value():
-        return float(text)
-    return int(number)
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -30,9 +30,11 @@ from shared.rail.commit import Rail
 from shared.rail.draft import Draft
 from shared.rail.head import Standing
 from shared.rail.outcomes import ClaimLost, Committed, NoClaim
+from shared.whole_numbers import integer_if_whole
 
 _NAMESPACE = uuid5(NAMESPACE_URL, "https://ticketrail.example/idempotency-key")
 _KEY = re.compile(r"^[\x21-\x7e]{1,200}$")
+_DECODER = msgspec.json.Decoder(float_hook=integer_if_whole)
 _TWIN_TIMEOUT_SECONDS = 4.0
 """A repeat waits this long for the first request. A claim becomes stale and is finished in less."""
 _PAUSE_SECONDS = 0.02
@@ -50,8 +52,8 @@ def checked_key(key: str | None) -> str | None:
 
 def request_hash(body: bytes) -> str:
     """Returns the SHA-256 of the canonical JSON of a request. It covers the fields that were sent, and not those of a
-    Struct, so that a release with a further optional field agrees."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.json.decode(body), order="sorted")).hexdigest()
+    Struct, so that a release with a further optional field agrees. 1, 1.0 and 1e0 are one number, as in `read_body`."""
+    return hashlib.sha256(msgspec.json.encode(_DECODER.decode(body), order="sorted")).hexdigest()
 
 
 def entity_id(caller: str, route: str, key: str | None) -> str:

@@ -249,6 +249,17 @@ async def test_whole_number_in_any_spelling_is_an_integer(restaurant: Restaurant
             refused(reply, 422, "invalid_input", "seats")
 
 
+async def test_repeat_may_spell_a_whole_number_in_another_way(restaurant: RestaurantRig) -> None:
+    key, label = {"Idempotency-Key": str(uuid4())}, str(uuid4())
+    async with restaurant.client(Role.ADMIN) as admin:
+        first, *repeats = [
+            await admin.post("/api/tables", content=f'{{"label":"{label}","seats":{seats}}}', headers=key)
+            for seats in ("2", "2.0", "2e0")
+        ]
+        assert {made(reply)["id"] for reply in repeats} == {made(first)["id"]}
+        assert all(reply.headers["idempotency-replayed"] == "true" for reply in repeats)
+
+
 # -- query parameters --------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,15 @@ def test_other_content_is_the_fault_of_the_key_or_else_of_the_id() -> None:
     assert (refused.value.error_code, refused.value.details) == ("payment_id_reused", {"field": "id"})
 
 
+@pytest.mark.parametrize("two", ["2.0", "2e0", "0.2E1", "200e-2"])
+def test_hash_of_a_whole_number_is_the_same_in_every_spelling(two: str) -> None:
+    def hashed(number: str) -> str:
+        return request_hash(f'{{"items":[{{"quantity":{number},"note":"2.0"}}]}}'.encode())
+
+    assert hashed(two) == hashed("2")
+    assert hashed(two) not in [hashed(other) for other in ("2.5", '"2"', '"2.0"', "2e1", "2e999")]
+
+
 def test_hash_covers_the_sent_fields_in_any_order() -> None:
     sent = request_hash(b'{"items": [{"id": 1, "quantity": 2}], "notes": "caf\\u00e9"}')
     assert request_hash('{"notes":"café","items":[{"quantity":2,"id":1}]}'.encode()) == sent
