@@ -29,6 +29,8 @@ from shared.security.tokens import Grant, Tokens
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT", "TRACE"))
 SYNC_TOKEN = b"x-sync-token"
 """The header in which some routes take an API key, beside `Authorization: Bearer`."""
+_SINGLE = {b"authorization": "Authorization", SYNC_TOKEN: SYNC_TOKEN.decode(), b"idempotency-key": "Idempotency-Key"}
+"""Headers of one value -> the name in an error. A second line is refused: a proxy may have read the other one."""
 _MAX_PATH_CHARS = 200
 """The part of a path that a span keeps. A client may send 64 KiB."""
 ACTION = "ticketrail.action"
@@ -71,13 +73,14 @@ class Authorization:
             return await self._app(scope, receive, send)
         scope[METRICS] = self._metrics  # type: ignore[literal-required]
         scope[OPEN_BODIES] = self._open_bodies  # type: ignore[literal-required]
-        authorization = sync_token = traceparent = None
-        has_body = too_large = keyed = False
+        single: dict[bytes, str] = {}
+        traceparent = repeated = None
+        has_body = too_large = False
         for name, value in scope["headers"]:
-            if name == b"authorization":
-                authorization = value.decode("latin-1")
-            elif name == SYNC_TOKEN:
-                sync_token = value.decode("latin-1")
+            if name in _SINGLE:
+                if name in single:
+                    repeated = _SINGLE[name]
+                single[name] = value.decode("latin-1")
             elif name == b"traceparent":
                 traceparent = value.decode("latin-1")
             elif name == b"content-length":
@@ -85,8 +88,6 @@ class Authorization:
                 too_large = value.isdigit() and int(value) > MAX_BODY_BYTES
             elif name == b"transfer-encoding":
                 has_body = True
-            elif name == b"idempotency-key":
-                keyed = True
         trace = self._tracer.begin()
         reply_headers: list[tuple[bytes, bytes]] = scope.get(REPLY_HEADERS, [])  # type: ignore[assignment]
         reply_headers.append((b"x-trace-id", trace.trace_id.encode()))
@@ -109,14 +110,14 @@ class Authorization:
 
         try:
             try:
-                await self._admit(scope, authorization, sync_token, reply_headers)
+                await self._admit(scope, single, repeated, reply_headers)
                 if traceparent and scope["user"] is not None:
                     self._tracer.continue_from(trace, traceparent)
                     reply_headers[:] = [pair for pair in reply_headers if pair[0] != b"x-trace-id"]
                     reply_headers.append((b"x-trace-id", trace.trace_id.encode()))
                 if too_large:
                     raise RequestEntityTooLarge
-                if keyed:
+                if b"idempotency-key" in single:
                     _check_honours_key(scope)
             except Exception:
                 if has_body:
@@ -133,10 +134,11 @@ class Authorization:
     async def _admit(
         self,
         scope: Scope,
-        authorization: str | None,
-        sync_token: str | None,
+        single: dict[bytes, str],
+        repeated: str | None,
         reply_headers: list[tuple[bytes, bytes]],
     ) -> None:
+        """`single`: the headers of _SINGLE that the request has. `repeated`: the name of one that it has twice."""
         options = scope["route_handler"].opt
         operation: Operation | None = options.get("operation")
         action = operation.action if operation is not None else options.get(ACTION, "me.read")
@@ -144,11 +146,14 @@ class Authorization:
         scope["client_address"] = address  # type: ignore[typeddict-unknown-key]
         if self._limits is not None:
             await self._limits.of_address(address, reply_headers)
+        if repeated is not None:
+            raise InvalidInput("given twice; the header takes one value", field=repeated)
         if action == PUBLIC:
             scope["user"], scope["auth"] = None, None
             return
         takes_sync_token = operation is not None and SYNC_TOKEN.decode() in operation.headers
-        grant = await self._identify(authorization, sync_token if takes_sync_token else None, address)
+        sync_token = single.get(SYNC_TOKEN) if takes_sync_token else None
+        grant = await self._identify(single.get(b"authorization"), sync_token, address)
         identity = grant.identity
         scope["user"], scope["auth"] = identity, grant
         if self._limits is not None and identity.restaurant_id:

@@ -260,6 +260,31 @@ async def test_repeat_may_spell_a_whole_number_in_another_way(restaurant: Restau
         assert all(reply.headers["idempotency-replayed"] == "true" for reply in repeats)
 
 
+# -- headers that have one value ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("service", "method", "path"),
+    [
+        ("orders", "POST", "/api/tables"),
+        ("sync", "POST", "/api/sync/order"),
+        ("notifier", "GET", "/api/v1/sync/events"),
+    ],
+)
+async def test_header_of_one_value_that_is_given_twice_is_refused(
+    system: System, restaurant: RestaurantRig, service: str, method: str, path: str
+) -> None:
+    token = ("Authorization", f"Bearer {restaurant.token}")
+    async with http_client(base_url=system.urls[service]) as client:
+        for name, lines in (
+            ("Authorization", [token, token]),
+            ("Authorization", [token, ("authorization", "Bearer other")]),
+            ("Idempotency-Key", [token, ("Idempotency-Key", "1"), ("idempotency-key", "2")]),
+            ("x-sync-token", [token, ("X-Sync-Token", "1"), ("x-sync-token", "2")]),
+        ):
+            refused(await client.request(method, path, json={}, headers=lines), 422, "invalid_input", name)
+
+
 # -- query parameters --------------------------------------------------------------------------------------------
 
 
