@@ -10,7 +10,7 @@ if __name__ == "__main__":
     with exit_on_bad_settings("notifier"):
         settings = Settings.load()
         Tokens.of(settings)
-        settings.require("database_api_url")  # the service reads there whose sessions have ended
+        settings.require("database_api_url")  # the service reads the ended sessions there
         require_home_of_traces(settings)
     serve(
         "services.notifier.app:create",

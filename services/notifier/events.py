@@ -81,8 +81,8 @@ class PushEvent(Struct, frozen=True):
         return "order_stage_change" if of_one_order and self.kind is PushKind.STAGE_CHANGE else self._name
 
     def payload(self, *, of_one_order: bool, holds: bool = True) -> bytes:
-        """Returns the event as JSON on one line. `holds`: with the stock that the order holds, which tells what its
-        dishes are made of."""
+        """Returns the event as JSON on one line. `holds`: with the stock that the order holds, which reveals the
+        recipes of its dishes."""
         rest = self._rest if holds else self._rest_without_holds or self._rest
         return b'{"eventType":"%b",%b' % (self.name(of_one_order=of_one_order).encode(), rest)
 

@@ -27,7 +27,7 @@ _INSERT_USER = (
     " values ($1, $2, $3, $4, $5, $6, $7) on conflict (id) do nothing returning " + _FIELDS
 )
 _BEGIN_SESSION = "select family, epoch from begin_session($1, $2, $3, $4)"
-# Whom the audit of identity names, and the address of whose request (0008_identity.sql).
+# The actor in the audit of identity, and the address of the request (0008_identity.sql).
 _SET_ACTOR = "select set_config('app.actor', $1, true)"
 _SET_ADDRESS = "select set_config('app.address', $1, true)"
 _CHANGEABLE = ("email", "name", "role", "is_active", "password_hash", "deleted_at")

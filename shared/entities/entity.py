@@ -159,8 +159,8 @@ class Entity:
     """(state, state before or None, inventory item -> time) -> the state whose new holds, or whose count, have this
     time. The claim orders holds and counts; the clocks only propose a time."""
     partly_before: frozenset[str] = frozenset()
-    """The lists of which `before` in an event holds only the elements that the change altered or removed. Of all other
-    fields that changed, it holds the whole old value."""
+    """Lists that `before` in an event holds in part: only the elements that the change altered or removed. Of any other
+    changed field, it holds the whole old value."""
     upcasts: Sequence[Upcast] = ()
     """The upcasts from version 1 to 2, from 2 to 3 and so on. This release reads one major version more than there are
     upcasts."""

@@ -26,7 +26,7 @@ class StockMove(Struct, frozen=True, kw_only=True):
     created_at: Time
     reason: Label | None = None
     request_key: Id | UnsetType = UNSET
-    """What was derived from the Idempotency-Key of a request that also had an id."""
+    """The id that was derived from the Idempotency-Key of a request that also had an id."""
 
 
 class InventoryItem(Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""What the feed loop tells the mirror about entities: the state that PostgreSQL has, or why it has none yet."""
+"""The input of the feed loop for the mirror: the states that PostgreSQL has, or the reason why it has none yet."""
 
 from msgspec import Struct
 

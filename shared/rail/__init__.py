@@ -28,8 +28,8 @@ Replies other than a 2xx:
 | 503   | nothing was sent, and the claim was taken back           | no reader will ever see the change                  |
 | 504   | something was sent, or there may be a claim              | it may appear; repeat with the same Idempotency-Key |
 
-After an unanswered claim every error is a 504, except the reply to a creation that names what stands. Whoever repeats with
-the same key gets the same entity, or adds the same fact, so a 504 that is repeated counts once.
+After an unanswered claim every error is a 504, except the reply to a creation that names the existing entity. A client
+that repeats with the same key gets the same entity, or adds the same fact, so a 504 that is repeated counts once.
 
 Rules: a claim does not expire, and no other change takes its version while it exists. With a lease instead, a stalled
 owner and its successor could both record that version. A marked claim cannot be taken back. After the first byte was

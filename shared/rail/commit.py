@@ -2,7 +2,7 @@
 crash in each. A creation whose mirror takes no claim continues by `commit_unclaimed`, as idempotency.py decides.
 
 An error says what is true: Unavailable means that nothing was sent, or that the claim was taken back. After the mirror
-left a claim unanswered, every error is OutcomeUnknown, unless it names what stands.
+left a claim unanswered, every error is OutcomeUnknown, unless it names the existing entity.
 """
 
 import asyncio
@@ -193,7 +193,7 @@ class Rail:
         if isinstance(reply, Busy):
             return unless_sent(sent, ClaimLost())
         found = reply.state and Standing(reply.head, draft.entity.decode_state(reply.state), reply.state)
-        # The error of a creation names what stands. A change may be below the head.
+        # The error of a creation names the existing entity. A change may be below the head.
         return unless_sent(sent and draft.base is not None, ClaimLost(reply.head, found or None))
 
     async def _record(self, draft: Draft, change: Change, *, claimed: bool, sent: bool) -> Durability:

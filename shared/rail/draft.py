@@ -33,7 +33,7 @@ class Draft(Struct, kw_only=True):
     state: Any
     """The Struct of the entity after the change."""
     base: Standing | None
-    """What the change is built on; None for a creation."""
+    """The base of the change; None for a creation."""
     made_from: bytes | None = None
     """The encoded state that `state` was made from; None for that of the base. The new state keeps its fields that this
     release does not know."""

@@ -44,9 +44,9 @@ class Heads:
         return cls(mirror, lambda _: nullcontext(connection))
 
     async def head(self, entity: Entity, restaurant: str, id_: str, born: datetime | None = None) -> Standing | None:
-        """Returns what stands of an entity, or None if it does not exist. `born`: the time when the entity was created,
-        if it exists and if the caller knows it. Raises Unavailable unless the mirror is warm, and if only PostgreSQL
-        can answer and is unavailable. If `born` lies in the live window, a warm mirror alone can answer."""
+        """Returns the standing of an entity, or None if it does not exist. `born`: the time when the entity was
+        created, if it exists and if the caller knows it. Raises Unavailable unless the mirror is warm, and if only
+        PostgreSQL can answer and is unavailable. If `born` lies in the live window, a warm mirror alone can answer."""
         return (await self.heads(entity, restaurant, {id_: born})).get(id_)
 
     async def heads(self, entity: Entity, restaurant: str, born: Mapping[str, datetime | None]) -> dict[str, Standing]:

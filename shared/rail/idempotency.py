@@ -73,7 +73,7 @@ class Fact(Protocol):
 
     @property
     def request_key(self) -> str | UnsetType:
-        """What was derived from the Idempotency-Key of the request, if that also had an id."""
+        """The id that was derived from the Idempotency-Key of the request, if that also had an id."""
         ...
 
 

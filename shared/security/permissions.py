@@ -54,7 +54,7 @@ ACTIONS: dict[str, frozenset[Role]] = {
 
 
 class Scope(StrEnum):
-    """What an API key may do. A key has one or more of them, and never more than its restaurant's staff."""
+    """The permissions of an API key. A key has one or more of them, and never more than its restaurant's staff."""
 
     MENU_READ = "menu:read"
     MENU_WRITE = "menu:write"

@@ -76,7 +76,7 @@ def refusals(settings: "Settings") -> Iterator[str]:
 
 
 def _shared_secrets(settings: "Settings") -> Iterator[str]:
-    """Yields a sentence if the key that signs tokens is also another secret: who knows that one could sign tokens."""
+    """Yields a sentence if the key that signs tokens is also another secret, whose owner could then sign tokens."""
     if settings.jwt_algorithm != "HS256":
         return
     others = {variable(name): passwords_in(url) for name in _URLS_WITH_PASSWORDS if (url := getattr(settings, name))}

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 DOCUMENT = ROOT / "docs/how-to/generate-a-client.md"
 CLIENTS = ROOT / ".local/clients"
 TOOLS = CLIENTS / "tools/bin"
-# What npm and pip say when no registry answers, or has no package for this machine.
+# The messages of npm and pip when no registry answers, or has no package for this machine.
 _NO_REGISTRY = re.compile(
     r"ENOTFOUND|EAI_AGAIN|ECONNREFUSED|ECONNRESET|ETIMEDOUT|ENETUNREACH|EHOSTUNREACH"
     r"|No matching distribution found"

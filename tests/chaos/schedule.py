@@ -81,7 +81,7 @@ class Fault(Struct, frozen=True):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What the fault breaks: `target`, or all servers of the machine."""
+        """The broken part: `target`, or all servers of the machine."""
         return SERVERS if self.target == "machine" else (self.target,)
 
     @property

@@ -134,7 +134,7 @@ async def system(tmp_path: Path) -> AsyncIterator[System]:
         await asyncio.to_thread(servers.stop_all)
 
 
-async def test_a_mirror_that_lost_its_end_shows_what_postgres_has_and_forks_nothing(
+async def test_a_mirror_that_lost_its_end_shows_the_states_of_postgres_and_forks_nothing(
     system: System, tmp_path: Path
 ) -> None:
     cut = PowerCut(system.servers, tmp_path / "power-cut")
@@ -171,7 +171,7 @@ async def test_a_mirror_that_lost_its_end_shows_what_postgres_has_and_forks_noth
     await eventually(stored_version, what="version 2 in PostgreSQL", until=lambda version: version == 2)
 
     await asyncio.to_thread(cut.cut)
-    # From now on, somebody tries to change the order. It is refused until the mirror is warm again. Whatever is
+    # From now on, somebody tries to change the order. It is refused until the mirror is warm again. A change that is
     # accepted then follows version 2.
     trying = asyncio.create_task(eventually(lambda: change("after the cut"), what="an accepted change", within=150))
     await asyncio.to_thread(cut.return_power)

@@ -35,7 +35,7 @@ async def test_page_loads_only_its_own_files(system: System, service: str) -> No
 
 
 @pytest.mark.parametrize("service", list(documents.OPENAPI))
-async def test_page_policy_allows_only_what_the_page_needs(system: System, service: str) -> None:
+async def test_page_policy_allows_only_the_sources_that_the_page_needs(system: System, service: str) -> None:
     async with http_client(base_url=system.urls[service]) as client:
         page = await client.get("/api-docs")
         policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))

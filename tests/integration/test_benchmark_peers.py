@@ -95,7 +95,7 @@ async def dual(servers: Servers, tmp_path: Path) -> AsyncIterator[DualWriteUnder
         await asyncio.to_thread(servers.rabbitmq.delete_vhost, name)
 
 
-async def test_dual_write_stores_mirrors_and_pushes_what_it_accepts(dual: DualWriteUnderTest) -> None:
+async def test_dual_write_stores_mirrors_and_pushes_accepted_orders(dual: DualWriteUnderTest) -> None:
     status, placed = await dual.place()
     assert status == 201
     (row,) = await dual.orders()
@@ -124,7 +124,7 @@ async def test_dual_write_gives_one_order_for_a_repeated_key(dual: DualWriteUnde
     assert len(await dual.orders()) == 1
 
 
-async def test_dual_write_refuses_what_the_orders_service_refuses(dual: DualWriteUnderTest) -> None:
+async def test_dual_write_refuses_the_same_orders_as_the_orders_service(dual: DualWriteUnderTest) -> None:
     status, _ = await dual.place(quantity=-1)
     assert status == 422
     assert (await dual.place(Authorization="Bearer nonsense"))[0] == 401

@@ -358,7 +358,7 @@ async def test_queue_watcher_account_may_read_depths_and_nothing_else(system: Sy
             await exchange.publish(aio_pika.Message(b"[]"), Lane.NORMAL.value)
 
 
-async def test_bulk_discard_reverts_what_readers_saw_and_cancels_and_skips_like_a_replay(
+async def test_bulk_discard_reverts_visible_states_and_cancels_and_skips_like_a_replay(
     ops_rig: OperatorRig, nadia: httpx.AsyncClient, marker: str
 ) -> None:
     async with ops_rig.refused_orders(marker) as allow:

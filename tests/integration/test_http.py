@@ -377,7 +377,7 @@ async def test_texts_are_compared_in_one_normal_form(restaurant: RestaurantRig) 
         ("/api/menu", {"name": "a", "price": 1, "category": "a", "image_url": "ftp://x"}, "image_url", "must be a URL"),
     ],
 )
-async def test_refusal_says_in_words_what_is_wrong(
+async def test_refusal_names_the_fault_in_words(
     restaurant: RestaurantRig, path: str, body: dict[str, Any], field: str, message: str
 ) -> None:
     async with restaurant.client(Role.ADMIN) as admin:

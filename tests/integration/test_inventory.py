@@ -103,7 +103,7 @@ async def repeat(restaurant: RestaurantRig, changes: Sequence[Change]) -> None:
 # -- accepting ---------------------------------------------------------------------------------------------------
 
 
-async def test_order_that_exceeds_the_stock_is_refused_and_lists_what_is_left(
+async def test_order_that_exceeds_the_stock_is_refused_and_lists_the_stock_that_is_left(
     restaurant: RestaurantRig,
 ) -> None:
     dough, basil = await stock(restaurant, 5), await stock(restaurant, 100, name="Basil")

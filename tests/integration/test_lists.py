@@ -216,7 +216,7 @@ async def test_pages_list_every_entity_once_newest_first(
 
 
 @EVERY
-async def test_fields_select_what_is_returned(restaurant: RestaurantRig, bay: str, resource: Resource) -> None:
+async def test_fields_select_the_returned_fields(restaurant: RestaurantRig, bay: str, resource: Resource) -> None:
     field, _ = CHANGES[resource.entity.name]
     nothing = {"created_to": "1999-01-01T00:00:00Z"}
     async with restaurant.client(Role.ADMIN) as admin:
@@ -285,7 +285,7 @@ async def test_guest_sees_nothing_of_other_guests(restaurant: RestaurantRig) -> 
 # -- the audit ---------------------------------------------------------------------------------------------------
 
 
-async def test_page_of_large_orders_ends_after_some_megabytes_and_the_next_one_goes_on(system: System) -> None:
+async def test_page_of_large_orders_ends_after_some_megabytes_and_the_next_one_continues(system: System) -> None:
     restaurant = await register_restaurant(system)
     dish = (await restaurant.dish())["id"]
     items = [{"menu_item_id": dish, "quantity": 1, "special_instructions": "x" * 800}] * 1_000

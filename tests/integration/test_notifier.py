@@ -279,7 +279,7 @@ async def test_garbage_parameter_is_refused_by_name(
     "cursor",
     ["event_123456", "garbage", "1-0123abcd", "1-0123abcd-x", f"{'9' * 30}-0123abcd-0", "-1--2", "null", "undefined"],
 )
-async def test_cursor_that_is_none_gets_a_resync_and_continues_live(rig: NotifierRig, cursor: str) -> None:
+async def test_unreadable_cursor_gets_a_resync_and_continues_live(rig: NotifierRig, cursor: str) -> None:
     """Any status but 200 would end the EventSource of a browser for good."""
     notifier = await rig.notifier()
     async with notifier.screen(after=cursor) as header, notifier.screen(lastEventId=cursor) as query:

@@ -40,7 +40,7 @@ async def rig(redis: Redis) -> AsyncIterator[StockRig]:
 # -- accepting ---------------------------------------------------------------------------------------------------
 
 
-async def test_claim_beyond_the_stock_is_refused_lists_what_is_left_and_holds_nothing(rig: StockRig) -> None:
+async def test_claim_beyond_the_stock_is_refused_lists_the_stock_left_and_holds_nothing(rig: StockRig) -> None:
     dough, cheese, basil = [await rig.counted(n) for n in (5, 3, 100)]
     await rig.put(ORDER, rig.order((dough, 3), (cheese, 1)))
     _, reply = await rig.claim(draft(ORDER, rig.order((dough, 3), (basil, 1), (cheese, 9))))
@@ -137,7 +137,7 @@ async def test_goods_that_are_sold_already_are_taken_without_a_check(rig: StockR
     assert await rig.left(dough) == -2
 
 
-async def test_cold_mirror_does_not_say_what_is_left(rig: StockRig) -> None:
+async def test_cold_mirror_does_not_show_the_stock_left(rig: StockRig) -> None:
     dough = await rig.counted(5)
     await rig.server.cool()
     assert await rig.mirror.stock(rig.restaurant, [dough]) == [None]
@@ -164,7 +164,7 @@ async def test_order_that_ends_returns_its_stock_once_in_any_order_of_its_events
     assert list(await rig.holds(dough)) == [other[1].id]
 
 
-async def test_superseded_side_of_a_fork_returns_what_the_head_does_not_take(rig: StockRig) -> None:
+async def test_superseded_side_of_a_fork_returns_stock_that_the_head_does_not_take(rig: StockRig) -> None:
     dough, cheese, basil = [await rig.counted(10) for _ in range(3)]
     base = await rig.put(ORDER, rig.order((dough, 1)))
     taken = [((dough, 1), (cheese, 2)), ((basil, 3),)]
@@ -210,7 +210,7 @@ async def test_claimed_change_keeps_its_reservation_when_a_fork_of_its_base_arri
 # -- recounts ----------------------------------------------------------------------------------------------------
 
 
-async def test_recount_includes_earlier_orders_but_not_what_they_take_later(rig: StockRig) -> None:
+async def test_recount_includes_earlier_orders_but_not_their_later_holds(rig: StockRig) -> None:
     counted = builders.CREATED_AT + timedelta(hours=1)
     item = await rig.put(ITEM, rig.item(10))
     base = await rig.put(ORDER, rig.order((item[1].id, 4)))

@@ -84,7 +84,7 @@ class Attempt:
 
     @property
     def standing(self) -> Standing | None:
-        """What an earlier creation with this id has made."""
+        """The state that an earlier creation with this id has made."""
         return done if isinstance(done := self._result, Standing) else None
 
     @property

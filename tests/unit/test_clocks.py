@@ -1,8 +1,8 @@
 """No decision compares the clocks of two machines: the rail, the mirror and its writer do not compare the wall clock.
 
-A time in a change or in a store comes from another machine, whose clock may be wrong by hours. What needs an order uses
-versions, log offsets, the clock of the one Redis server, or stamps that the claim orders. Durations use a monotonic
-clock.
+A time in a change or in a store comes from another machine, whose clock may be wrong by hours. Code that needs an order
+uses versions, log offsets, the clock of the one Redis server, or stamps that the claim orders. Durations use a
+monotonic clock.
 """
 
 import ast

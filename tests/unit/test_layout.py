@@ -198,7 +198,7 @@ def test_clean_with_an_empty_home_removes_nothing(checkout: Path, by: str) -> No
     assert (checkout / ".venv").exists()
 
 
-def test_clean_without_a_usable_environment_removes_local_and_says_what_stays(checkout: Path) -> None:
+def test_clean_without_a_usable_environment_removes_local_and_mentions_make_reset(checkout: Path) -> None:
     (checkout / ".venv/bin/python").unlink()
     (checkout / ".local/redis").mkdir()
     (checkout / ".env").write_text("TICKETRAIL_HOME=elsewhere\n")

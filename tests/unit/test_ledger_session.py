@@ -1,5 +1,4 @@
-"""What a comparison of the ledger takes from the log: when it has read to the end, and what happens at a broken
-position."""
+"""A session of the ledger reads the log: its end, entries that have expired, and broken positions."""
 
 import asyncio
 import time

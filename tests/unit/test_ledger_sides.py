@@ -97,7 +97,7 @@ def test_log_that_was_cut_while_it_is_read_again_is_noticed() -> None:
 
 
 @pytest.mark.parametrize("first", [5, 9])
-def test_entries_that_have_expired_are_passed(first: int) -> None:
+def test_position_moves_over_entries_that_have_expired(first: int) -> None:
     sides = Sides(at(3), at(7), (0, 0))
     sides.log_position = at(first - 1)
     assert sides.read_log_to(at(first))

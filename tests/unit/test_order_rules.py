@@ -99,7 +99,7 @@ def test_a_selection_matches_only_the_orders_that_the_list_asks_for() -> None:
 
 
 @pytest.mark.parametrize("clock", ["{}", '{"till-1":7}', '{"till-1":7,"}\\"{\\\\":12}'])
-def test_what_terminals_count_with_is_hidden_and_nothing_else(clock: str) -> None:
+def test_view_hides_the_clock_of_terminals_and_the_request_key_alone(clock: str) -> None:
     state = '{"id":"one","payments":[{"id":"two","request_key":"2"}]%s,"notes":"\\",\\"clock\\":{}"}'
     view = bytes(state_view((state % f',"clock":{clock}').encode(), Head(3, "c"), {}))
     shown = state.replace(',"request_key":"2"', "") % ""

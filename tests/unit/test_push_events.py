@@ -99,7 +99,7 @@ def test_the_request_hash_is_never_pushed() -> None:
     assert b"hash" not in pushed(change(order(request_hash="ab" * 32))).payload(of_one_order=False)
 
 
-def test_what_terminals_count_with_is_never_pushed() -> None:
+def test_clock_of_terminals_is_never_pushed() -> None:
     made = change(order(notes="late"))
     counted = bytes(made.data.after).replace(b',"notes"', b',"clock":{"till-1":7},"notes"')
     assert b"clock" in counted

@@ -316,7 +316,7 @@ def test_an_unusable_home_is_refused_in_one_sentence(tmp_path: Path, entry: str,
     )
 
 
-def test_a_service_on_a_terminal_says_what_is_wrong_in_plain_text(tmp_path: Path) -> None:
+def test_a_service_on_a_terminal_reports_the_error_in_plain_text(tmp_path: Path) -> None:
     ours, terminal = os.openpty()
     try:
         ended = subprocess.run(

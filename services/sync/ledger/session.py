@@ -381,5 +381,5 @@ class LedgerSession:
             self._connection, self.last, log_low=sides.log_low, log_at=sides.log_at, feed=sides.feed_low, counts=totals
         )
         if written is None:
-            raise EndOfSession("the last checkpoint is not the one of this leader")
+            raise EndOfSession("the newest checkpoint is not from this leader")
         self.last = written

@@ -1,4 +1,4 @@
-"""What the mirror writer, the warm-up and the feed loop share: how a state of PostgreSQL gets into the mirror."""
+"""Puts states of PostgreSQL into the mirror, for the mirror writer, the warm-up and the feed loop."""
 
 from collections.abc import Sequence
 from contextlib import aclosing
