@@ -574,6 +574,23 @@ def test_a_restored_order_holds_its_stock_from_then_on() -> None:
     assert (restored.holds[0].quantity, restored.holds[0].held_at, restored.deleted_at) == (2, later(2), None)
 
 
+def test_stock_of_a_new_line_is_held_from_a_moment_of_its_own() -> None:
+    """The clock stands still or goes back. The claim knows a new hold by its item and its time."""
+    soup, bread, rice = [line(name, 300, consumes=(Consumption(FLOUR, 2),)) for name in ("soup", "bread", "rice")]
+    order = placed(soup, FISH)
+    at, micro = order.created_at, timedelta(microseconds=1)
+    more = add_lines(order, act(2, minutes=0), [bread, line("beer", 450)])
+    assert [(one.quantity, one.held_at) for one in more.holds] == [(2, None), (2, at + micro)]
+    assert item(more, "beer").held_at is None
+    # A line that takes the place of another one does not take its moment.
+    other = put_items(order, act(2, minutes=0), plan_items(order, [wanted(rice), wanted(FISH)]), [rice])
+    assert [(one.quantity, one.held_at) for one in other.holds] == [(2, at + micro)]
+    restored = restore(delete(more, act(3)), act(4))
+    again = add_lines(restored, act(5, minutes=3), [rice])
+    assert [(one.quantity, one.held_at) for one in again.holds] == [(4, later(3)), (2, later(3) + micro)]
+    assert item(add_lines(more, act(3), [rice]), "rice").held_at is None
+
+
 def test_voids_that_meet_in_a_merge_take_no_piece_twice() -> None:
     order = accepted(line("soup", 300, 3, consumes=(Consumption(FLOUR, 1),)))
     one = voiding(order, quantity=2, id=named("one"), wasted=True)

@@ -1,6 +1,7 @@
 """The commands on lines: add, edit, void, discount, comp; and what the original systems' `PUT items` becomes."""
 
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from uuid import UUID, uuid5
 
 import msgspec
@@ -64,8 +65,11 @@ class NewVoid(Struct, frozen=True, kw_only=True):
     wasted: bool | None = None
 
 
-def new_lines(new: Sequence[NewLine], act: Act, by: str | None = None) -> tuple[Line, ...]:
-    """Returns the lines as they are added. `by`: who adds them, if not who placed the order."""
+def new_lines(
+    new: Sequence[NewLine], act: Act, by: str | None = None, since: datetime | None = None
+) -> tuple[Line, ...]:
+    """Returns the lines as they are added. `by`: who adds them, if not who placed the order. `since`: the time from
+    which they hold their stock, if not the time of the act."""
     return tuple(
         Line(
             id=one.id,
@@ -83,6 +87,7 @@ def new_lines(new: Sequence[NewLine], act: Act, by: str | None = None) -> tuple[
             tax_category=one.tax_category,
             station_id=one.station_id,
             prep_minutes=one.prep_minutes,
+            held_at=since if one.consumes else None,
             course=one.course,
             seat=one.seat,
         )
@@ -90,12 +95,22 @@ def new_lines(new: Sequence[NewLine], act: Act, by: str | None = None) -> tuple[
     )
 
 
+def _hold_time(order: Order, at: datetime) -> datetime | None:
+    """Returns the time from which further lines hold their stock; None means `at`. It differs from those of all lines
+    that the order has, whatever the clock says, so that the claim can tell which holds are new."""
+    held = [line.held_at or line.added_at for line in order.items if line.consumes]
+    if order.held_from is not None:
+        held.append(order.held_from)
+    return max(held) + timedelta(microseconds=1) if held and max(held) >= at else None
+
+
 def add_lines(order: Order, act: Act, new: Sequence[NewLine]) -> Order:
     """Adds lines, and fires them if it is their turn. Lines that the order has already are not added twice. Raises
     Refused: `id_reused`, `too_many_items`, `order_too_large`, and what `permit` raises."""
     known = {line.id: line for line in order.items}
     added = []
-    for line in new_lines(new, act, None if act.by == order.placed_by else act.by):
+    by = None if act.by == order.placed_by else act.by
+    for line in new_lines(new, act, by, _hold_time(order, act.at)):
         if (earlier := known.get(line.id)) is None:
             known[line.id] = line
             added.append(line)

@@ -232,7 +232,8 @@ class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
     station_id: Id | None = None
     prep_minutes: Annotated[int, Meta(ge=0, le=600)] = 0
     held_at: Time | None = None
-    """The time from which the line holds its stock, if the claim has moved it; else `added_at`."""
+    """The time from which the line holds its stock, if it is not `added_at`: no two additions share one, and the claim
+    may move it."""
     rev: Rev = 0
     """0 means as added."""
     course: Course = 0
