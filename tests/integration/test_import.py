@@ -134,7 +134,7 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
     known = names(303)
     lines = [line_of(name, number) for number, name in enumerate(known)]
     lines[7:7] = [b"{", b'{"external_id": "\\ud800"}']
-    lines[250:250] = [line_of("elsewhere", restaurant_id=str(uuid4())), line_of("nul", **{"a\x00b": 1})]
+    lines[250:250] = [line_of("elsewhere", restaurant_id=str(uuid4())), line_of("nul", **{"a\x00\x1bb": 1})]
     source, refused_rows = jsonl(tmp_path / "orders.jsonl", lines), tmp_path / "refused.jsonl"
     arguments = ("import", source, "--restaurant", restaurant.id, "--refused", str(refused_rows))
     first = await ticketrail(restaurant.system, *arguments, "--json")
@@ -146,7 +146,7 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
         (8, "body"),
         (9, "external_id"),
         (251, "restaurant_id"),
-        (252, "a?b"),
+        (252, "a?\x1bb"),
     ]
     assert [json.loads(line) for line in refused_rows.read_bytes().splitlines()] == refusals
     assert first.code == 1, "the exit code does not show that rows were refused"
@@ -160,6 +160,7 @@ async def test_file_is_imported_through_the_background_lane_and_each_refused_row
     )
     assert again.out.startswith("line 8: body: ")
     assert "line 251: restaurant_id: no such restaurant" in again.out
+    assert "line 252: a?\ufffdb: " in again.out, "a field of the file controls the terminal"
     assert "━" not in again.err
     report, why = await import_from(restaurant, source, again=True)
     assert counts(report) == {"read": 307, "unchanged": 303, "refused": 4}

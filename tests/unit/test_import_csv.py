@@ -1,10 +1,14 @@
 """CSV files of spreadsheets and tills: separators are found, headings are checked once, and an order is whole."""
 
+import asyncio
 import gzip
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.sync.imports import csv_files, text_files
 from services.sync.imports.columns import COLUMNS, ITEM_FIELDS, NAMES, table
@@ -81,6 +85,15 @@ async def test_a_wrong_heading_is_one_sentence_before_any_row(tmp_path: Path, he
         assert (await refusal(tmp_path / "o.csv", content)).startswith(begins.replace("line 1", line))
 
 
+async def test_a_file_without_a_heading_is_refused_in_a_short_sentence(tmp_path: Path) -> None:
+    for content in ('{"external_id": "\x1b[31m' + "a" * 9_000 + '"}\n', "x" * 10_001 + "\n"):
+        told = await refusal(tmp_path / "o.csv", content)
+        assert told.startswith("line 1: ")
+        assert len(told) < 250
+        assert "\x1b" not in told
+    assert "more than 10,000 characters" in await refusal(tmp_path / "o.csv", "x" * 10_001 + "\n")
+
+
 async def test_without_a_restaurant_the_heading_needs_one(tmp_path: Path) -> None:
     told = await refusal(tmp_path / "o.csv", f"{HEADING}\n{ROWS}", None)
     assert told.startswith("line 1: the column restaurant_id is missing; name it in the file, or give --restaurant")
@@ -152,6 +165,17 @@ async def test_rows_of_one_order_that_stand_apart_make_one_whole_order(tmp_path:
     assert found[2].order is not None
     assert [item.name for item in found[2].order.items] == ["Soup", "Cake", "Tea"]
     assert found[2].order.status == "ready"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 9_999)), min_size=1, unique_by=lambda row: row[1]))
+def test_an_order_is_whole_in_whatever_order_the_rows_stand(rows: list[tuple[str, int]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "o.csv"
+        content = "".join(f"{name},Dish,1,{price}\n" for name, price in rows)
+        found = asyncio.run(orders(path, f"{HEADING}\n{content}"))
+    assert {name: [price for _, _, price in items] for name, items in found.items()} == {
+        name: [price for other, price in rows if other == name] for name, _ in rows
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Reading the rows of an import: each row becomes an order or an error, and an invalid row stops no other."""
 
 import datetime as dt
+import gzip
 import json
 from decimal import Decimal
 from pathlib import Path
@@ -96,6 +97,18 @@ async def test_each_line_becomes_an_order_or_is_refused_with_its_line_and_reason
         13: "the row is larger than 1,000,000 bytes",
         14: "total",
     }
+
+
+async def test_json_lines_are_read_packed_and_in_the_encoding_that_is_told(tmp_path: Path) -> None:
+    text = "\n".join(json.dumps(body(name, notes="Grüße"), ensure_ascii=False) for name in ("a", "b"))
+    for name, content, encoding in (
+        ("o.jsonl.gz", gzip.compress(text.encode()), None),
+        ("o.ndjson", text.encode("utf-16"), None),
+        ("o.JSONL.GZ", gzip.compress(text.encode("cp1252")), "cp1252"),
+    ):
+        found = await read(tmp_path / name, content, encoding=encoding)
+        assert [row.order.notes for row in found if row.order] == ["Grüße", "Grüße"]
+    assert "line 1, byte " in await refusal(tmp_path / "o.jsonl", text.encode("cp1252"))
 
 
 async def test_the_restaurant_comes_from_the_row_or_else_from_the_command(tmp_path: Path) -> None:
@@ -235,6 +248,21 @@ def test_an_unsuitable_source_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InvalidInput) as refused:
             source_of(name, None)
         assert refused.value.details["field"] == "source"
+
+
+def test_options_that_a_source_does_not_have_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "o.jsonl").write_text("")
+    (tmp_path / "o.csv").write_text("")
+    lines, csv = str(tmp_path / "o.jsonl"), str(tmp_path / "o.csv")
+    for name, query, options, words in (
+        (lines, None, SourceOptions(separator=";"), "only CSV files"),
+        (lines, None, SourceOptions(decimal="comma"), "only CSV files"),
+        (csv, "select 1", SourceOptions(), "only a postgres:// source"),
+        ("postgres://host/db", None, SourceOptions(encoding="cp1252"), "a query needs no --encoding"),
+        (str(tmp_path / "o.xlsx"), None, SourceOptions(), "save the sheet as CSV"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            source_of(name, query, options)
 
 
 def digest(name: str, query: str | None = None, **options: Any) -> str:

@@ -7,6 +7,9 @@ from typing import Literal
 
 from msgspec import Struct
 
+from services.sync.imports.cells import shown
+
+_MAX_COMPARED_CHARS = 200
 Form = Literal["text", "id", "amount", "number", "time", "JSON"]
 
 
@@ -59,7 +62,7 @@ def heading_fault(heading: Sequence[str], *, restaurant_told: bool) -> str | Non
     names = [name for name in heading if name]
     for name, times in Counter(names).items():
         if name not in NAMES:
-            return f"unknown column {name!r}; the nearest known one is {nearest(name)}"
+            return f"unknown column {shown(name)}; the nearest known one is {nearest(name)}"
         if times > 1:
             return f"the column {name} stands {times} times; its columns are {_places(heading, name)}"
     if "items" in names and (item := next((name for name in names if name in ITEM_FIELDS), None)):
@@ -76,7 +79,7 @@ def heading_fault(heading: Sequence[str], *, restaurant_told: bool) -> str | Non
 
 def nearest(name: str, known: Collection[str] = NAMES) -> str:
     """Returns the known name that is most like this one."""
-    wanted = name.casefold().replace(" ", "_").replace("-", "_")
+    wanted = name[:_MAX_COMPARED_CHARS].casefold().replace(" ", "_").replace("-", "_")
     return difflib.get_close_matches(wanted, known, n=1, cutoff=0.0)[0]
 
 

@@ -19,6 +19,7 @@ from services.sync.imports.external_order_upserts import ExternalOrderUpserts
 from services.sync.imports.importer import Importer, ImportReport, RefusedRow
 from services.sync.imports.sources import ImportSource, SourceOptions, check_source, named_source, source_of
 from services.sync.imports.text_files import ENCODINGS
+from services.sync.printable import printable
 from shared.entities.contract import encode
 from shared.errors import TicketrailError
 from shared.settings import Settings
@@ -102,7 +103,7 @@ def import_command(
         print_table(_FORECAST, forecast_rows(report, refusals))
     else:
         for row in refusals[:_MAX_LISTED]:
-            click.echo(f"line {row.line}: {row.reason}")
+            click.echo(printable(f"line {row.line}: {row.reason}"))
         if len(refusals) > _MAX_LISTED:
             click.echo(f"… and {len(refusals) - _MAX_LISTED} more; --refused FILE writes all of them")
         click.echo(

@@ -23,6 +23,7 @@ SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t"}
 _MAX_SCATTERED_ROWS = 100_000
 """The number of rows of orders whose rows stand apart. They are held until the last row of their order."""
 _MAX_ITEMS = 1_000
+_MAX_HEADING_CHARS = 10_000
 _MAX_LISTED = 10
 _SPREADSHEET_SEPARATOR = re.compile(r'"?sep=(.)"?\s*')
 _NAMES = {sign: name for name, sign in SEPARATORS.items()}
@@ -218,6 +219,8 @@ def _first_line(file: TextFile, separator: str | None) -> tuple[int, str, str | 
     for number, line in enumerate(file.lines(), start=1):
         if told := _SPREADSHEET_SEPARATOR.fullmatch(line):
             separator = separator or told[1]
+        elif len(line) > _MAX_HEADING_CHARS:
+            raise _refused(f"line {number}: the heading has more than {_MAX_HEADING_CHARS:,} characters")
         elif line.strip():
             return number, line, separator
     raise _refused("the file is empty, without even the names of the columns")
