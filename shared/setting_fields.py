@@ -5,7 +5,7 @@
 
 import json
 import re
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -275,10 +275,13 @@ Secret = Annotated[
 ]
 
 
+def networks_in(value: str) -> list[IPv4Network | IPv6Network]:
+    """Returns the networks of a text such as "10.0.0.2, 10.1.0.0/16". Raises ValueError."""
+    return [ip_network(one.strip(), strict=False) for one in value.split(",") if one.strip()]
+
+
 def _are_networks(value: str) -> str:
-    for network in value.split(","):
-        if network.strip():
-            ip_network(network.strip(), strict=False)
+    networks_in(value)
     return value
 
 

@@ -4,18 +4,16 @@ Every client can send this header. Without this rule, a client could choose the 
 """
 
 from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any
 
-_Network = IPv4Network | IPv6Network
+from shared.setting_fields import networks_in
 
 
 class TrustedProxies:
     def __init__(self, listed: str) -> None:
         """`listed`: addresses and networks, separated by commas (TICKETRAIL_TRUSTED_PROXIES). Raises ValueError."""
-        self._networks: tuple[_Network, ...] = tuple(
-            ip_network(one.strip(), strict=False) for one in listed.split(",") if one.strip()
-        )
+        self._networks = networks_in(listed)
 
     def client_of(self, scope: Any) -> str:
         """Returns the address of the client from an ASGI scope, or an empty text if the server does not know it (a Unix

@@ -2,13 +2,13 @@
 sentence."""
 
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from shared.host_urls import host_urls
 from shared.security.weak_secrets import passwords_in, weakness
-from shared.setting_fields import variable
+from shared.setting_fields import networks_in, variable
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -62,6 +62,7 @@ def refusals(settings: "Settings") -> Iterator[str]:
     yield from _shared_secrets(settings)
     if "*" in [origin.strip() for origin in settings.cors_origins.split(",")]:
         yield f"{variable('cors_origins')} contains *, so every page could call the APIs; list your origins"
+    yield from _every_address(settings)
     for name in _RATES:
         if not getattr(settings, name):
             yield f"{variable(name)} is 0, which switches the limit off; set a rate"
@@ -73,6 +74,19 @@ def refusals(settings: "Settings") -> Iterator[str]:
             for parameter, value in parse_qsl(urlsplit(url).query):
                 if value.lower() in _UNVERIFIED.get(parameter, ()):
                     yield f"{variable(name)} has {parameter}={value}, which trusts every server; check certificates"
+
+
+def _every_address(settings: "Settings") -> Iterator[str]:
+    """Yields a sentence if every client is a trusted proxy, and could thus choose the address for which it counts."""
+    listed = networks_in(settings.trusted_proxies)
+    # Neighbours are joined, because 0.0.0.0/1 and 128.0.0.0/1 are every address too.
+    joined: list[IPv4Network | IPv6Network] = [
+        *collapse_addresses(one for one in listed if isinstance(one, IPv4Network)),
+        *collapse_addresses(one for one in listed if isinstance(one, IPv6Network)),
+    ]
+    for network in joined:
+        if network.prefixlen == 0:
+            yield f"{variable('trusted_proxies')} contains {network}, which is every address; list your proxies"
 
 
 def _shared_secrets(settings: "Settings") -> Iterator[str]:

@@ -100,6 +100,14 @@ def test_development_accepts_the_default_secrets() -> None:
     [
         ({"redis_url": URLS["redis_url"].format(JWT_SECRET)}, "TICKETRAIL_REDIS_URL"),
         ({"cors_origins": "https://pos.example, *"}, "TICKETRAIL_CORS_ORIGINS"),
+        *(
+            ({"trusted_proxies": listed}, f"TICKETRAIL_TRUSTED_PROXIES contains {every},")
+            for listed, every in (
+                ("10.0.0.2, 0.0.0.0/0", "0.0.0.0/0"),
+                ("10.0.0.2,::/0", "::/0"),
+                ("0.0.0.0/1,10.0.0.0/8,128.0.0.0/1", "0.0.0.0/0"),
+            )
+        ),
         ({"restaurant_requests_per_second": 0}, "TICKETRAIL_RESTAURANT_REQUESTS_PER_SECOND"),
         ({"address_requests_per_second": 0}, "TICKETRAIL_ADDRESS_REQUESTS_PER_SECOND"),
         *(
@@ -117,6 +125,10 @@ def test_production_refuses_unsafe_settings_by_name(changed: dict[str, Any], nam
     with pytest.raises(ValidationError, match=named) as refused:
         production(**changed)
     assert JWT_SECRET not in refused.value.errors()[0]["msg"]
+
+
+def test_production_accepts_networks_of_proxies() -> None:
+    assert production(trusted_proxies="10.0.0.0/8, fd00::/8, 127.0.0.1").trusted_proxies
 
 
 def test_production_accepts_lifetimes_of_thirty_days() -> None:
