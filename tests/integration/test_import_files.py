@@ -1,7 +1,10 @@
 """`ticketrail import` with files of spreadsheets and tills on a running system, and its dry run."""
 
+import asyncio
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import pytest
 
 from tests.integration.test_import import LAST_YEAR, line_of, names, stored
 from tests.rigs.command_line import Ended, in_terminal, ticketrail
+from tests.rigs.link import link_to
 from tests.rigs.restaurant import RestaurantRig, register_restaurant
-from tests.rigs.system import System, eventually
+from tests.rigs.system import ROOT, System, eventually
 
 
 @pytest.fixture
@@ -143,3 +147,21 @@ async def test_dry_run_fits_a_terminal(restaurant: RestaurantRig, tmp_path: Path
     )
     assert "new          1" in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+async def test_dry_run_needs_no_broker(restaurant: RestaurantRig, tmp_path: Path) -> None:
+    path = tmp_path / "orders.jsonl"
+    path.write_bytes(line_of("a"))
+    async with link_to(restaurant.system.rabbitmq_url) as broker:
+        await broker.cut()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.sync.cli", "import", str(path), "--restaurant", restaurant.id),
+            *("--dry-run", "--json"),
+            cwd=ROOT,
+            env={**restaurant.system.env, "TICKETRAIL_RABBITMQ_URL": broker.url},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(), 30.0)
+    assert process.returncode == 0, err.decode()
+    assert json.loads(out)["created"] == 1
