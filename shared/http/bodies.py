@@ -30,7 +30,8 @@ def read_body(body: bytes, type_: type[T]) -> T:
     """Decodes a request body and brings its texts into their form (texts.py). A number such as 1.0 or 1e2 is an
     integer, as in JSON Schema. Raises InvalidInput with the path of the field that is wrong."""
     try:
-        return tidied(_decoded(body, type_))
+        # JSON in ASCII may have other characters in escapes, such as \u00e9.
+        return tidied(_decoded(body, type_), in_ascii=body.isascii() and b"\\u" not in body)
     except msgspec.ValidationError as error:
         raise _invalid(error, type_) from error
     except RecursionError as error:

@@ -7,7 +7,7 @@ label loses the blanks around it, before anything reads the request.
 import operator
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -74,11 +74,11 @@ def nfc(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
-def tidied(value: T) -> T:
+def tidied(value: T, *, in_ascii: bool = False) -> T:
     """Brings the texts of a request into their form, in place, and returns the request. Values that are not a Struct
-    are returned unchanged."""
+    are returned unchanged. `in_ascii`: no text has other characters, so that only labels can change."""
     if isinstance(value, Struct):
-        for name, tidy in _plan(type(value)):
+        for name, tidy in _plan(type(value), in_ascii):
             before = getattr(value, name)
             after = tidy(before)
             if after is not before:
@@ -90,26 +90,28 @@ _Tidy = Callable[[Any], Any]
 
 
 @cache
-def _plan(struct: type[Struct]) -> tuple[tuple[str, _Tidy], ...]:
-    """Returns (name, function) of the fields that contain texts."""
+def _plan(struct: type[Struct], in_ascii: bool) -> tuple[tuple[str, _Tidy], ...]:
+    """Returns (name, function) of the fields whose texts may change."""
     info = inspect.type_info(struct)
     assert isinstance(info, inspect.StructType)
-    return tuple((one.name, tidy) for one in info.fields if (tidy := _tidy_of(one.type, None)) is not None)
+    found = ((one.name, _tidy_of(one.type, None, in_ascii=in_ascii)) for one in info.fields)
+    return tuple((name, tidy) for name, tidy in found if tidy is not None)
 
 
-def _tidy_of(node: inspect.Type, form: str | None) -> _Tidy | None:
+def _tidy_of(node: inspect.Type, form: str | None, *, in_ascii: bool) -> _Tidy | None:
     match node:
         case inspect.Metadata():
-            return _tidy_of(node.type, (node.extra or {}).get(FORM, form))
+            return _tidy_of(node.type, (node.extra or {}).get(FORM, form), in_ascii=in_ascii)
         case inspect.StrType():
-            return _tidy_label if form == LABEL_FORM else _tidy_text
+            return _tidy_label if form == LABEL_FORM else None if in_ascii else _tidy_text
         case inspect.UnionType():
-            return next((tidy for one in node.types if (tidy := _tidy_of(one, form)) is not None), None)
+            found = (_tidy_of(one, form, in_ascii=in_ascii) for one in node.types)
+            return next((tidy for tidy in found if tidy is not None), None)
         case inspect.CollectionType():
-            inner = _tidy_of(node.item_type, None)
+            inner = _tidy_of(node.item_type, None, in_ascii=in_ascii)
             return None if inner is None else lambda values: _tidy_all(values, inner)
         case inspect.StructType():
-            return tidied if _plan(node.cls) else None
+            return partial(tidied, in_ascii=in_ascii) if _plan(node.cls, in_ascii) else None
     return None
 
 

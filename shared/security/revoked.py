@@ -67,6 +67,8 @@ class RevokedTokens:
     def refuses(self, subjects: Iterable[Subject]) -> bool:
         """Returns whether the session of a token with these subjects has ended."""
         found = self._found
+        if not found:  # each request asks, and mostly no session has ended lately
+            return False
         return any((known := found.get(subject)) is not None and known[0] > epoch for subject, epoch in subjects)
 
     def add(self, revocations: Iterable[Revocation]) -> bool:

@@ -1,5 +1,7 @@
 """The texts of requests: which ones are refused, in which form they are kept, and the sentence of every pattern."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -30,6 +32,11 @@ from shared.iso_codes import COUNTRIES, CURRENCIES
 DISH = {"name": "Dosa", "price": 1, "category": "Mains"}
 USER = {"email": "kim@shop.example", "password": "another long passphrase", "role": "staff"}
 SHOP = {"name": "Shop", "slug": "shop", "email": "kim@shop.example", "password": "another long passphrase"}
+
+
+def escaped(value: Any) -> bytes:
+    """Returns JSON that is ASCII, with escapes for other characters."""
+    return json.dumps(value).encode()
 
 
 def refusal(type_: Any, **fields: Any) -> InvalidInput:
@@ -103,15 +110,22 @@ def test_blank_label_and_one_with_control_characters_are_refused(
     ],
     ids=ascii,
 )
-def test_label_is_kept_in_nfc_without_blanks_around_it(sent: str, kept: str) -> None:
+@pytest.mark.parametrize("encode", [msgspec.json.encode, escaped])
+def test_label_is_kept_in_nfc_without_blanks_around_it(sent: str, kept: str, encode: Callable[[Any], bytes]) -> None:
     dish = {**DISH, "name": sent, "customizations": [{"name": sent, "options": [{"name": sent}]}]}
-    found = read_body(msgspec.json.encode(dish), CreateMenuItem)
+    found = read_body(encode(dish), CreateMenuItem)
     group = found.customizations[0]
     assert [found.name, group.name, group.options[0].name] == [kept, kept, kept]
     choice = {"menu_item_id": "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11", "quantity": 1}
     order = {"items": [{**choice, "customizations": [{"name": sent, "option": sent}]}]}
-    chosen = read_body(msgspec.json.encode(order), PlaceOrder).items[0].customizations[0]
+    chosen = read_body(encode(order), PlaceOrder).items[0].customizations[0]
     assert (chosen.name, chosen.option) == (kept, kept)
+
+
+@pytest.mark.parametrize("encode", [msgspec.json.encode, escaped])
+def test_note_is_kept_in_nfc(encode: Callable[[Any], bytes]) -> None:
+    order = {"items": [{"menu_item_id": "7f0c3b52-6f1e-5c0a-9b1d-2a6d1f0e4c11", "quantity": 1}], "notes": "cafe\u0301"}
+    assert read_body(encode(order), PlaceOrder).notes == "caf\u00e9"
 
 
 def test_order_number_of_another_system_may_be_missing_and_has_no_control_characters() -> None:
