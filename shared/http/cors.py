@@ -1,5 +1,7 @@
 """Cross-origin resource sharing (CORS): pages of the configured origins may call a service."""
 
+from typing import Any
+
 from litestar.config.cors import CORSConfig
 
 from shared.settings import Settings
@@ -36,3 +38,21 @@ def cors(settings: Settings) -> CORSConfig | None:
         ],
         max_age=600,
     )
+
+
+class OtherOrigins:
+    """ASGI middleware around the application. It hides the origin of a page that may not call, so that the answer is
+    the same as without configured origins: a preflight request gets 204 without a permission, and not 400."""
+
+    def __init__(self, app: Any, config: CORSConfig) -> None:
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and any(map(self._is_other, scope["headers"])):
+            scope["headers"] = [header for header in scope["headers"] if not self._is_other(header)]
+        await self._app(scope, receive, send)
+
+    def _is_other(self, header: tuple[bytes, bytes]) -> bool:
+        name, value = header
+        return name == b"origin" and not self._config.is_origin_allowed(value.decode("latin-1"))

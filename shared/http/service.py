@@ -15,7 +15,7 @@ from shared.http.api_key_verifier import ApiKeyVerifier
 from shared.http.authorization import ACTION, authorization
 from shared.http.bodies import MAX_BODY_BYTES
 from shared.http.call import Call
-from shared.http.cors import cors
+from shared.http.cors import OtherOrigins, cors
 from shared.http.error_replies import EXCEPTION_HANDLERS
 from shared.http.health import Readiness, health, metrics_route
 from shared.http.jwks import jwks_route
@@ -66,7 +66,8 @@ def create_service(
     open_bodies = OpenBodies(settings)
     metrics.watch("ticketrail_open_bodies", lambda: len(open_bodies))
     handlers = [*api.handlers, *health(readiness), metrics_route(metrics), jwks_route(tokens), *pages(api)]
-    app = Litestar(
+    origins = cors(settings)
+    app: Any = Litestar(
         route_handlers=[*_options(handlers), *handlers],
         state=State(dict(state)),
         middleware=[
@@ -80,7 +81,7 @@ def create_service(
                 api_keys=api_keys,
             )
         ],
-        cors_config=cors(settings),
+        cors_config=origins,
         exception_handlers=EXCEPTION_HANDLERS,
         request_class=Call,
         lifespan=[lifespan],
@@ -88,6 +89,8 @@ def create_service(
         openapi_config=None,
         logging_config=None,
     )
+    if origins is not None:
+        app = OtherOrigins(app, origins)
     return ResponseHeaders(app, RequestLog(settings.request_log_level, name, LossyOutput(sys.stdout.fileno(), name)))
 
 
