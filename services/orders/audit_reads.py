@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 from shared.entities import order, registry
+from shared.postgres.blocks import first_megabytes, left_out
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
@@ -25,8 +26,9 @@ async def changes(
     actor: str | None,
     before: tuple[datetime, str] | None,
     limit: int,
-) -> list[dict[str, Any]]:
-    """Returns changes, newest first. `before` is (accepted_at, change id) of the last change of the previous page."""
+) -> tuple[list[dict[str, Any]], bool]:
+    """Returns (changes, newest first; whether large ones were left out at the end). `before` is (accepted_at, change
+    id) of the last change of the previous page."""
     where = Conditions(restaurant)
     if entity is not None:
         where.add("t.entity = {}", entity)
@@ -39,12 +41,14 @@ async def changes(
     if actor is not None:
         where.add("t.actor = {}", actor)
     where.between("t.accepted_at, t.change_id", start, end, before)
+    newest = "order by t.accepted_at desc, t.change_id desc"
+    page = first_megabytes(f"select t.* from changes t where {where} {newest} limit {int(limit)}", "data", newest)  # noqa: S608
     rows = await connection.fetch(
         "select t.change_id::text, t.entity, t.entity_id::text, t.version, t.type, t.source, t.accepted_at, t.actor,"  # noqa: S608
-        f" t.data::text from changes t where {where} order by t.accepted_at desc, t.change_id desc limit {int(limit)}",
+        f" t.data::text, t.found from ({page}) t {newest}",
         *where.values,
     )
-    return [dict(row) for row in rows]
+    return [{name: value for name, value in row.items() if name != "found"} for row in rows], left_out(rows)
 
 
 async def identity_events(
@@ -58,8 +62,9 @@ async def identity_events(
     actor: str | None,
     before: tuple[datetime, str] | None,
     limit: int,
-) -> list[dict[str, Any]]:
-    """Returns what happened to users or API keys, newest first. The arguments are those of `changes`."""
+) -> tuple[list[dict[str, Any]], bool]:
+    """Returns what happened to users or API keys, newest first. The arguments are those of `changes`. These rows are
+    small, so none is left out."""
     where = Conditions(restaurant)
     where.add("t.entity = {}", entity)
     if entity_id is not None:
@@ -74,4 +79,4 @@ async def identity_events(
         f" from identity_events t where {where} order by t.at desc, t.id desc limit {int(limit)}",
         *where.values,
     )
-    return [dict(row) for row in rows]
+    return [dict(row) for row in rows], False

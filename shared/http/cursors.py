@@ -16,12 +16,13 @@ T = TypeVar("T")
 
 
 def page_of(
-    found: Sequence[T], limit: int, place: Callable[[T], tuple[datetime, str]]
+    found: Sequence[T], limit: int, place: Callable[[T], tuple[datetime, str]], *, more: bool = False
 ) -> tuple[Sequence[T], dict[str, Any]]:
     """Returns (page, its `pagination`). `found`: up to `limit` + 1 entries; the additional one shows that there is a
-    next page. `place`: returns the time and id by which the entries are sorted."""
+    next page. `place`: returns the time and id by which the entries are sorted. `more`: there is a next page even if
+    `found` has not more than `limit` entries."""
     page = found[:limit]
-    more = len(found) > limit
+    more = more or len(found) > limit
     return page, {"limit": limit, "next_cursor": cursor_after(*place(page[-1])) if more else None}
 
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 from shared.entities.contract import Head
 from shared.entities.entity import Entity, Hold, Keyed
 from shared.entities.selection import Selection
-from shared.postgres.blocks import BLOCK_BYTES, in_blocks
+from shared.postgres.blocks import first_megabytes, in_blocks, left_out
 from shared.postgres.conditions import Conditions
 from shared.postgres.pool import Connection
 
@@ -170,8 +170,7 @@ async def list_page(
     conflict: bool | None = None,
 ) -> tuple[list[StoredState], bool]:
     """Returns (up to limit + 1 states, newest first; whether large ones were left out at the end). The additional state
-    shows that there is another page. The states have BLOCK_BYTES together, or the last one of them exceeds it: an order
-    may have a megabyte, and a page of 200 such orders would stop the service for seconds.
+    shows that there is another page.
 
     `without`: ids to leave out, because the caller has them from the mirror. `conflict`: True for only the states with
     an open conflict, False for only the states without one, None for both.
@@ -196,17 +195,9 @@ async def list_page(
         "select t.restaurant_id, t.id, t.version, t.change_id, t.created_at"  # noqa: S608
         f" from {entity.table.name} t where {where} {newest} limit {int(selection.limit) + 1}"
     )
-    measured = (
-        "select t.*, c.data, c.accepted_at, count(*) over () as found,"  # noqa: S608
-        f" sum(octet_length(c.data::text)) over ({newest} rows between unbounded preceding and 1 preceding) as bytes"
-        f" from ({selected}) t {_LATERAL}"
-    )
-    rows = await connection.fetch(
-        f"select {_columns(entity, 't')}, t.found from ({measured}) t"  # noqa: S608
-        f" where coalesce(t.bytes, 0) < {BLOCK_BYTES} {newest}",
-        *where.values,
-    )
-    return [_stored(row) for row in rows], bool(rows) and rows[0]["found"] > len(rows)
+    page = first_megabytes(f"select t.*, c.data, c.accepted_at from ({selected}) t {_LATERAL}", "data", newest)  # noqa: S608
+    rows = await connection.fetch(f"select {_columns(entity, 't')}, t.found from ({page}) t {newest}", *where.values)  # noqa: S608
+    return [_stored(row) for row in rows], left_out(rows)
 
 
 # Deleted items are included, because they can be restored with the count that they had. The holds come first, so that

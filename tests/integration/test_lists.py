@@ -353,6 +353,32 @@ async def test_audit_shows_actor_and_changed_fields(restaurant: RestaurantRig, b
     assert restored == {"deleted_at": {"before": removed["deleted_at"], "after": None}}
 
 
+async def test_page_of_large_changes_ends_after_some_megabytes_and_the_next_one_goes_on(system: System) -> None:
+    restaurant = await register_restaurant(system)
+    dish = (await restaurant.dish())["id"]
+    items = [{"menu_item_id": dish, "quantity": 1, "special_instructions": "x" * 800}] * 1_000
+    async with restaurant.client(Role.ADMIN) as admin:
+        url = f"/api/orders/{made(await admin.post('/api/orders', json={'items': items}))['id']}"
+        for number in range(8):
+            notes = [{"menu_item_id": dish, "quantity": 2, "special_instructions": f"{number}" * 800}] * 1_000
+            expect(await admin.put(url, json={"items": notes}))
+        id_ = url.rpartition("/")[2]
+        versions, sizes, cursor = list[int](), list[int](), ""
+
+        async def all_stored() -> bool:
+            return expect(await admin.get("/api/audit", params={"entity_id": id_, "limit": 1}))[0]["version"] == 9
+
+        await eventually(all_stored, what="the newest change in PostgreSQL")
+        while cursor is not None:
+            params: dict[str, Any] = {"entity_id": id_, "limit": 200, **({"cursor": cursor} if cursor else {})}
+            reply = await admin.get("/api/audit", params=params)
+            versions += [one["version"] for one in expect(reply)]
+            sizes.append(len(reply.content))
+            cursor = reply.json()["pagination"]["next_cursor"]
+    assert versions == list(range(9, 0, -1))
+    assert len(sizes) > 1 and max(sizes) < 8_000_000
+
+
 async def test_audit_names_guests_by_session_and_staff_by_user(system: System) -> None:
     restaurant = await register_restaurant(system)
     dish = (await restaurant.dish())["id"]

@@ -82,7 +82,10 @@ def audited(limit: int = PAGE_ROWS, **fields: Any) -> Callable[[Database], Await
     async def listed(database: Database) -> list[Any]:
         chosen = {name: value(database) if callable(value) else value for name, value in fields.items()}
         async with database.api.tenant(database.restaurant.id) as connection:
-            return await audit_reads.changes(connection, database.restaurant.id, **{**nothing, **chosen}, limit=limit)
+            found, _ = await audit_reads.changes(
+                connection, database.restaurant.id, **{**nothing, **chosen}, limit=limit
+            )
+            return found
 
     return listed
 

@@ -79,7 +79,7 @@ async def list_audit(request: Call) -> ASGIApp:
     try:
         async with context_of(request).postgres.tenant(tenant) as connection:
             read: Any = audit_reads.identity_events if query.entity in audit_reads.IDENTITIES else audit_reads.changes
-            rows = await read(
+            rows, more = await read(
                 connection,
                 tenant,
                 start=query.from_,
@@ -93,7 +93,7 @@ async def list_audit(request: Call) -> ASGIApp:
     except UNAVAILABLE as error:
         raise Unavailable("the audit needs the database, which is unavailable", retry_after=2.0) from error
     found = [_audited(row) for row in rows]
-    page, pagination = page_of(found, query.limit, lambda one: (one.accepted_at, one.change_id))
+    page, pagination = page_of(found, query.limit, lambda one: (one.accepted_at, one.change_id), more=more)
     return success(page, pagination=pagination)
 
 
