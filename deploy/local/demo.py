@@ -59,11 +59,12 @@ class Demo:
             "items": [{"menu_item_id": self.menu_item_ids[0], "quantity": 2}],
         }
 
-    def curl_lines(self, order_id: str) -> list[tuple[str, str]]:
-        """Returns (description, command line) of each call."""
-        bearer = f"-H 'Authorization: Bearer {self.tokens['staff']}'"
+    def shell_lines(self, order_id: str) -> list[tuple[str, str]]:
+        """Returns (description, command line) of the token and of each call."""
+        bearer = '-H "Authorization: Bearer $TOKEN"'
         body = json.dumps(self.order, separators=(",", ":"))
         return [
+            ("the token of a member of staff", f"TOKEN={self.tokens['staff']}"),
             (
                 "place an order",
                 f"curl -s {self.orders_url}/api/orders {bearer} -H 'Content-Type: application/json' -d '{body}'",

@@ -302,7 +302,7 @@ def show(system: System, order_id: str, hops: Sequence[demo.Hop], seconds: float
     say(f"  {'management':<12} {system.env['TICKETRAIL_RABBITMQ_MANAGEMENT_URL']}")
     say(f"  {'PostgreSQL':<12} {system.demo.database_url}")
     say(f"  {'Redis':<12} {system.env['TICKETRAIL_REDIS_URL']}")
-    for description, line in system.demo.curl_lines(order_id):
+    for description, line in system.demo.shell_lines(order_id):
         say(f"\n# {description}\n{line}")
     command = f".venv/bin/ticketrail {system_option(system.home, system.settings)}trace {order_id}"
     say(f"\n# show where the time of this order went\n{command}")

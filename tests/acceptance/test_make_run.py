@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -118,7 +117,7 @@ def free_base() -> int:
 async def following(run: Run) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
     """Yields a queue of the events that the third printed curl command receives."""
     events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    process = await asyncio.create_subprocess_exec(*curl_lines(run)[2], stdout=asyncio.subprocess.PIPE)
+    process = await asyncio.create_subprocess_shell(curl_lines(run)[2], stdout=asyncio.subprocess.PIPE)
 
     async def read() -> None:
         assert process.stdout is not None
@@ -137,12 +136,16 @@ async def following(run: Run) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
         await process.wait()
 
 
-def curl_lines(run: Run) -> list[list[str]]:
-    return [shlex.split(line) for line in run.text.splitlines() if line.startswith("curl ")][-3:]
+def curl_lines(run: Run) -> list[str]:
+    """Returns the three printed curl commands, each after the one printed line with the token."""
+    lines = run.text.splitlines()
+    (token,) = [line for line in lines if run.demo["tokens"]["staff"] in line]
+    # `exec`, so that the process of the shell becomes curl and ends with it.
+    return [f"{token}; exec {line}" for line in lines if line.startswith("curl ")][-3:]
 
 
-async def curl(words: list[str]) -> dict[str, Any]:
-    process = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+async def curl(command: str) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     found: dict[str, Any] = json.loads(out)
     return found

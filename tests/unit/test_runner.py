@@ -505,7 +505,7 @@ def test_documents_show_the_headline_that_a_run_prints(page: str) -> None:
     assert f"```\n{run.HEADLINE}\n" in (ROOT / page).read_text()
 
 
-def test_the_printed_curl_lines_carry_a_real_token_and_real_ids() -> None:
+def test_the_printed_lines_carry_a_real_token_once_and_real_ids() -> None:
     shown = demo.Demo(
         orders_url="http://127.0.0.1:1",
         sync_url="http://127.0.0.1:2",
@@ -525,11 +525,12 @@ def test_the_printed_curl_lines_carry_a_real_token_and_real_ids() -> None:
         rabbitmq_url="",
         rabbitmq_management_url="",
     )
-    place, read, follow = (line for _, line in shown.curl_lines("order-1"))
+    token, place, read, follow = (line for _, line in shown.shell_lines("order-1"))
+    assert token == "TOKEN=the-token"
     assert "http://127.0.0.1:1/api/orders " in place and "dish-1" in place and "table-1" in place
     assert "http://127.0.0.1:1/api/orders/order-1" in read
     assert follow.startswith("curl -sN http://127.0.0.1:3/api/v1/sync/events")
-    assert all("Authorization: Bearer the-token" in line for line in (place, read, follow))
+    assert all('-H "Authorization: Bearer $TOKEN"' in line for line in (place, read, follow))
 
 
 async def test_event_parser_skips_keep_alives() -> None:
