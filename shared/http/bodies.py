@@ -31,7 +31,7 @@ def read_body(body: bytes, type_: type[T]) -> T:
     integer, as in JSON Schema. Raises InvalidInput with the path of the field that is wrong."""
     try:
         # JSON in ASCII may have other characters in escapes, such as \u00e9.
-        return tidied(_decoded(body, type_), in_ascii=body.isascii() and b"\\u" not in body)
+        return tidied(_decoded(body, type_), in_ascii=body.isascii() and b"\\" not in body)
     except msgspec.ValidationError as error:
         raise _invalid(error, type_) from error
     except RecursionError as error:

@@ -158,7 +158,7 @@ class Creations:
         while True:
             if (recent := self._recent.get(id_)) is not None:
                 return await self._earlier(draft) or recent  # it may have changed since
-            lost = ClaimLost()
+            lost: ClaimLost | None = None
             if (twin := self._under_way.get(id_)) is not None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(twin.wait(), deadline - self._clock())
@@ -170,7 +170,7 @@ class Creations:
                 except ClaimLost as error:  # an earlier creation is under way in another instance
                     lost = error
             if not draft.keyed or self._clock() > deadline:
-                raise lost
+                raise lost or ClaimLost()
             if twin is None:
                 await self._sleep(_PAUSE_SECONDS)
 
