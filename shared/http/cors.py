@@ -41,15 +41,16 @@ def cors(settings: Settings) -> CORSConfig | None:
 
 
 class OtherOrigins:
-    """ASGI middleware around the application. It hides the origin of a page that may not call, so that the answer is
-    the same as without configured origins: a preflight request gets 204 without a permission, and not 400."""
+    """ASGI middleware around the application. It hides the origin of a page that may not call from preflight requests,
+    so that the answer is the same as without configured origins: 204 without a permission, and not 400. Other requests
+    keep their origin, because event streams check it."""
 
     def __init__(self, app: Any, config: CORSConfig) -> None:
         self._app = app
         self._config = config
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and any(map(self._is_other, scope["headers"])):
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
             scope["headers"] = [header for header in scope["headers"] if not self._is_other(header)]
         await self._app(scope, receive, send)
 
