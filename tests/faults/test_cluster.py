@@ -18,7 +18,7 @@ from tests.rigs.servers.cluster import SIZE, Cluster
 from tests.rigs.servers.processes import local_redis
 from tests.rigs.system import eventually
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]  # three brokers start and two of them fail
 
 
 class ClusterRig(ChaosRig):
