@@ -51,7 +51,9 @@ def rewinds(outage: Outage) -> int:
     return sum(log.read_text().count("mirror_rewind") for log in outage.system.directory.glob("*worker.log"))
 
 
-@pytest.mark.parametrize("queue", [topology.lane_queue(Lane.CRITICAL), topology.LOG])
+@pytest.mark.parametrize(
+    "queue", [pytest.param(topology.lane_queue(Lane.CRITICAL), marks=pytest.mark.slow), topology.LOG]
+)
 async def test_a_worker_is_not_ready_and_does_not_start_without_a_binding(victim: System, queue: str) -> None:
     connection = await aio_pika.connect(victim.rabbitmq_url)
     async with connection:

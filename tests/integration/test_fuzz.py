@@ -23,7 +23,13 @@ RUNS = [
         marks=pytest.mark.slow,
     ),
     pytest.param("sync", "admin", ("--phases=examples,fuzzing", "--max-examples=10"), id="sync-admin"),
-    pytest.param("notifier", "customer", ("--phases=coverage,fuzzing", "--max-examples=5"), id="notifier-customer"),
+    pytest.param(
+        "notifier",
+        "customer",
+        ("--phases=coverage,fuzzing", "--max-examples=10"),
+        id="notifier-customer",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

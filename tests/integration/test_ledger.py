@@ -231,7 +231,7 @@ async def test_change_in_a_journal_is_journaled_and_counts_once_when_it_also_wai
 # -- unexplained changes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("management", [False, True])
+@pytest.mark.parametrize("management", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_each_change_of_a_purged_lane_is_named_with_its_trace_and_the_command_fails(
     make_ledger_rig: Any, servers: Servers, management: bool
 ) -> None:
@@ -403,6 +403,7 @@ async def test_report_begins_at_a_checkpoint_and_still_names_every_open_change(l
     assert "ISO 8601" in err
 
 
+@pytest.mark.slow  # the ledger waits for what may still come
 async def test_change_that_the_log_lacks_is_named(ledger_rig: LedgerRig) -> None:
     made = change(order(items=1))
     await ledger_rig.rig.publisher.publish_to_queue(

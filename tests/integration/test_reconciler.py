@@ -73,6 +73,7 @@ async def versions(restaurant: RestaurantRig, ids: list[str]) -> list[list[int]]
     return [found.get(id_, []) for id_ in ids]
 
 
+@pytest.mark.slow  # the ledger sends a change again only when nothing else can bring it
 async def test_change_in_no_place_is_recorded_again_and_one_that_the_ledger_knows_is_not(impatient: System) -> None:
     restaurant = await register_restaurant(impatient)
     dish = (await restaurant.dish())["id"]

@@ -3,6 +3,7 @@
 import asyncio
 
 import asyncpg
+import pytest
 
 from services.sync.dead_letters.replay_worker import Replays
 from services.sync.dead_letters.store import DeadLetterQuery
@@ -95,6 +96,7 @@ async def test_two_workers_share_the_jobs_and_run_each_once(refusing_rig: Rig) -
     )
 
 
+@pytest.mark.slow  # the backends are away for seconds, one after the other
 async def test_job_waits_while_the_backends_are_unavailable(make_rig: MakeRig, servers: Servers) -> None:
     rig = await make_rig(database_timeout_seconds=1.0)
     made = await make_dead_letters(rig, 15)
