@@ -1,8 +1,9 @@
-"""Bodies of requests that have not arrived completely: each has a deadline, and each client address has few of them.
+"""Limits request bodies that have not arrived completely: each has a deadline, and each client address may have few of
+them.
 
-The server itself waits for ever for the rest of a body. Some thousand connections that stop in the middle of one would
-take every connection that it accepts. A body whose first bytes come with the headers is complete at once, so that such
-connections never keep an honest client of the same address from sending a request.
+The server itself waits for the rest of a body without a deadline. A few thousand connections that stop in the middle of
+a body would use up all connections that the server accepts. A body whose first bytes come with the headers is complete
+at once, so that such connections never keep an honest client of the same address from sending a request.
 """
 
 import asyncio
@@ -34,12 +35,13 @@ class OpenBodies:
         return sum(map(len, self._open.values()))
 
     def body_of(self, address: str) -> "OpenBody":
-        """Returns a context in which the current task reads the body of a request from this address. At its end it
-        raises RequestTimeout if the body came too slowly, or if the address has begun too many others since."""
+        """Returns a context in which the current task reads the body of a request from this address. At its end the
+        context raises RequestTimeout if the body came too slowly, or if the address has begun too many other bodies
+        since."""
         return OpenBody(self, counted_as(address), time.monotonic() + self._timeout_seconds)
 
     def seconds_for(self, size: int) -> float:
-        """Returns the time that bytes which have arrived add to the deadline."""
+        """Returns the seconds by which `size` received bytes extend the deadline."""
         return size / self._bytes_per_second
 
     def add(self, body: "OpenBody") -> None:
@@ -98,7 +100,7 @@ class OpenBody:
         self.deadline += self._bodies.seconds_for(size)
 
     def end(self, reason: str) -> None:
-        """Ends the reading now."""
+        """Cancels the task that reads the body. `reason`: the message of its RequestTimeout."""
         if not self._reason:
             self._reason = reason
             self._task.cancel()

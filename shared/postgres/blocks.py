@@ -15,10 +15,11 @@ _GROWTH = 4
 
 
 def first_megabytes(selected: str, column: str, order: str) -> str:
-    """Returns a query of the first rows of the query `selected`, in this order: they have BLOCK_BYTES together in
-    `column`, or the last one of them exceeds it. A page of 200 states of a megabyte would stop a service for seconds.
+    """Returns a query for the first rows of the query `selected`, sorted by `order`. The rows end with the one that
+    brings the bytes in `column` to BLOCK_BYTES. A page of 200 states of one megabyte each would block a service for
+    seconds.
 
-    `order` names the columns as those of `t`. Each row also has `found`, the number of rows of `selected`.
+    `order`: an `order by` clause for columns of `t`. Each row also has `found`, the number of rows of `selected`.
     """
     return (
         f"select * from (select t.*, count(*) over () as found, sum(octet_length(t.{column}::text)) over ({order}"  # noqa: S608
@@ -28,7 +29,7 @@ def first_megabytes(selected: str, column: str, order: str) -> str:
 
 
 def left_out(rows: "Sequence[asyncpg.Record]") -> bool:
-    """Returns whether `first_megabytes` has left out rows."""
+    """Returns whether the query of `first_megabytes` left out rows."""
     return bool(rows) and rows[0]["found"] > len(rows)
 
 
@@ -38,9 +39,9 @@ async def in_blocks(
     """Yields the rows of a query in blocks of about BLOCK_BYTES, measured by the length of the text or bytes in
     `column`.
 
-    PostgreSQL cannot limit a block by size, so the number of rows follows from the size of the block before. It grows
-    by a factor of four at most, and a block has at most 250 rows. Runs in a transaction, whose snapshot is that of the
-    first block.
+    PostgreSQL cannot limit a block by size, so the number of rows follows from the size of the previous block. It grows
+    by a factor of four at most, and a block has at most 250 rows. All blocks come from one cursor, so they show one
+    snapshot.
     """
     async with connection.transaction(readonly=True):
         cursor = await connection.cursor(query, *arguments)

@@ -26,8 +26,8 @@ SECURITY = {name.decode(): value.decode() for name, value in [*HEADERS, (b"conte
 async def gateway(
     folder: Path, *, services: dict[str, str], changes: dict[str, str] | None = None
 ) -> AsyncIterator[str]:
-    """Starts the gateway and yields its URL. `services`: orders, sync-api, notifier -> URL. `changes`: other
-    replacements in the file of nginx."""
+    """Starts the gateway and yields its URL. `services`: orders, sync-api, notifier -> URL. `changes`: further
+    replacements in nginx.conf."""
     (port,) = find_free(1)
     names = {"orders": "http://orders:8001", "sync-api": "http://sync-api:8002", "notifier": "http://notifier:8003"}
     text = TEXT
@@ -39,7 +39,7 @@ async def gateway(
     }.items():
         assert ours in text
         text = text.replace(ours, here)
-    # If root starts nginx, its workers run as another user, who could not write into the folder of the test.
+    # If root starts nginx, its workers run as another user, which cannot write into the folder of the test.
     (folder / "nginx.conf").write_text(f"user root;\n{text}" if os.geteuid() == 0 else text)
     nginx = packages.ensure_nginx()
     command: list[str | Path] = [nginx, "-p", folder, "-e", "stderr", "-c", folder / "nginx.conf", "-g", "daemon off;"]
@@ -69,7 +69,7 @@ async def send(url: str, request: bytes) -> httpx.Response:
 
 
 def check_own_answer(reply: httpx.Response, status: int, code: str) -> None:
-    """An answer of the gateway has the shape of those of the services, and their security headers once."""
+    """Asserts that the answer of the gateway has the format of the services' answers, and each security header once."""
     assert reply.status_code == status
     assert reply.headers["content-type"].startswith("application/json")
     assert reply.json()["success"] is False
@@ -109,7 +109,7 @@ async def before_system(system: System, tmp_path_factory: pytest.TempPathFactory
     ],
     ids=lambda value: value if isinstance(value, str) else str(value)[:40],
 )
-async def test_gateway_refuses_in_the_shape_of_the_services(
+async def test_gateway_refuses_in_the_format_of_the_services(
     before_system: str, sent: bytes, status: int, code: str
 ) -> None:
     check_own_answer(await send(before_system, sent), status, code)
@@ -160,7 +160,7 @@ async def test_address_that_sends_too_much_gets_429(tmp_path: Path, system: Syst
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-async def test_change_that_no_service_got_is_503_and_one_that_broke_off_is_504_and_sent_once(
+async def test_change_that_no_service_got_is_503_and_an_interrupted_one_is_504_and_sent_once(
     tmp_path: Path, method: str
 ) -> None:
     seen: list[bytes] = []

@@ -59,7 +59,7 @@ def jsonl(path: Path, lines: Sequence[bytes]) -> str:
 
 
 def scattered(path: Path, known: Sequence[str]) -> str:
-    """Writes a packed CSV whose first row is refused; the two rows of each order stand 250 orders apart."""
+    """Writes a packed CSV whose first row is refused; the two rows of each order are 250 orders apart."""
     rows = [f"{name},completed,2025-06-01 12:00,Soup,1,620" for name in known]
     more = [f"{name},,,Bread,1,450" for name in known]
     mixed = [
@@ -120,7 +120,7 @@ async def all_there(restaurant: RestaurantRig, expected: Sequence[str], *, withi
 
 
 async def done(system: System, name: str) -> int:
-    """Returns the number of rows of a source that are noted as done."""
+    """Returns the number of rows of a source that are stored as done."""
     async with system.database() as connection:
         return int(await connection.fetchval("select coalesce(max(done), 0) from imports where source = $1", name))
 
@@ -237,7 +237,7 @@ async def test_unknown_restaurant_ends_the_import_at_once(
     unregistered = RestaurantRig(system, str(uuid4()), "", "", "", "")
     with pytest.raises(NotFound):
         await import_from(unregistered, source)
-    # The refused runs noted no rows as done, so a known restaurant imports the whole file.
+    # The refused runs stored no rows as done, so a known restaurant imports the whole file.
     assert counts((await import_from(restaurant, source))[0]) == {"read": 1, "created": 1}
 
 
@@ -296,7 +296,7 @@ async def test_orders_are_imported_from_another_postgresql(restaurant: Restauran
         await all_there(restaurant, known)
         for query, sentence in (
             ("select external_id as name, items from till", "unknown column 'name'; the nearest known one is "),
-            ("select external_id, external_id, items from till", "the column external_id stands 2 times"),
+            ("select external_id, external_id, items from till", "the column external_id occurs 2 times"),
             ("select external_id, 'Tea' as item_name from till", "is missing"),
         ):
             with pytest.raises(InvalidInput, match=sentence):
@@ -305,7 +305,7 @@ async def test_orders_are_imported_from_another_postgresql(restaurant: Restauran
         file.write_text(url)
         wrong = await ticketrail(restaurant.system, "import", f"@{file}", "--query", "select * from nowhere")
         assert (wrong.code, 'relation "nowhere" does not exist' in wrong.err) == (1, True)
-        # A timestamp without a zone is in that of the restaurant.
+        # A timestamp without a zone is in the zone of the restaurant.
         async with restaurant.system.database() as connection:
             await connection.execute("update restaurants set time_zone = 'Asia/Tokyo' where id = $1", restaurant.id)
         local = "select external_id, created_at at time zone 'Asia/Tokyo' as created_at, items from till"

@@ -35,7 +35,7 @@ async def orders_of(restaurant: RestaurantRig, expected: list[str]) -> dict[str,
 
 
 async def noted(restaurant: RestaurantRig) -> int:
-    """Returns how many imports are noted for the restaurant."""
+    """Returns the number of imports that are stored for the restaurant."""
     async with restaurant.system.database() as connection:
         return int(await connection.fetchval("select count(*) from imports where restaurant_id = $1", restaurant.id))
 
@@ -95,7 +95,7 @@ async def test_a_file_that_cannot_be_read_to_its_end_imports_nothing(
     assert await noted(restaurant) == 0
 
 
-async def test_dry_run_says_what_the_import_then_does_and_changes_nothing(
+async def test_dry_run_reports_the_later_outcome_of_the_import_and_changes_nothing(
     restaurant: RestaurantRig, tmp_path: Path
 ) -> None:
     known = names(130)

@@ -1,4 +1,4 @@
-"""Cells of an import: digits mean what people see, and times belong to the zone of the restaurant."""
+"""Cells of an import: only plain digits form a number, and times are in the zone of the restaurant."""
 
 from datetime import UTC, datetime
 
@@ -17,14 +17,14 @@ NOT_NUMBERS = [
 
 
 @pytest.mark.parametrize("text", NOT_NUMBERS)
-def test_what_only_python_takes_for_a_number_is_refused(text: str) -> None:
+def test_a_number_that_only_python_accepts_is_refused(text: str) -> None:
     for read in (whole_number, minor_units):
         with pytest.raises(ValueError, match="is not a whole number"):
             read(text)
 
 
 @pytest.mark.parametrize("text", [*NOT_NUMBERS[:12], "1.250,00", "1,250.00", ",50", "12,", "12.", "5 €", "1e3,5"])
-def test_what_only_python_takes_for_an_amount_is_refused(text: str) -> None:
+def test_an_amount_that_only_python_accepts_is_refused(text: str) -> None:
     for decimal in ("point", "comma"):
         if text not in ("12.50", "12,50"):
             with pytest.raises(ValueError, match="is not an amount such as"):
@@ -65,7 +65,7 @@ def test_currencies_have_their_decimal_places() -> None:
         ("1.7.2026, 9:05:07", "2026-07-01T07:05:07"),
         ("2026-03-01 12:30+00", "2026-03-01T12:30"),
         ("2026-03-01T12:30:00.5Z", "2026-03-01T12:30:00.5"),
-        # The clocks went back at 3:00 on 25 October: 2:30 came twice, and the first one is meant.
+        # The clocks went back at 3:00 on 25 October: 2:30 came twice, and the text means the first one.
         ("2026-10-25 02:30", "2026-10-25T00:30"),
         ("2026-10-25 03:00", "2026-10-25T02:00"),
         # A date alone is the beginning of its business day; midnight would be the day before.
@@ -73,11 +73,11 @@ def test_currencies_have_their_decimal_places() -> None:
         ("01.07.2026", "2026-07-01T02:00"),
     ],
 )
-def test_a_time_without_a_zone_is_in_that_of_the_restaurant(text: str, expected: str) -> None:
+def test_a_time_without_a_zone_is_in_the_zone_of_the_restaurant(text: str, expected: str) -> None:
     assert moment(text, BERLIN) == datetime.fromisoformat(expected).replace(tzinfo=UTC)
 
 
-def test_a_date_alone_is_in_its_business_day_also_when_the_clocks_skip_the_cutoff_hour() -> None:
+def test_a_date_alone_is_in_its_business_day_even_if_the_clocks_skip_the_cutoff_hour() -> None:
     for hour in (0, 2, 4, 23):
         restaurant = Restaurant(id="r", slug="r", name="R", time_zone="Europe/Berlin", cutoff_hour=hour)
         for day in ("2026-03-29", "2026-10-25", "2026-07-01"):

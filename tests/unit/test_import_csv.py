@@ -1,4 +1,5 @@
-"""CSV files of spreadsheets and tills: separators are found, headings are checked once, and an order is whole."""
+"""CSV files of spreadsheets and tills: separators are found, headings are checked once, and an order is never imported
+in part."""
 
 import asyncio
 import gzip
@@ -49,7 +50,7 @@ async def test_the_separator_of_a_spreadsheet_is_found(tmp_path: Path, sign: str
     assert await orders(tmp_path / "o.csv.gz", gzip.compress(quoted.encode("utf-16"))) == WHOLE
 
 
-async def test_another_separator_is_named_and_can_be_told(tmp_path: Path) -> None:
+async def test_an_unusual_separator_is_named_and_can_be_given(tmp_path: Path) -> None:
     content = f"{HEADING}\n{ROWS}".replace(",", "|")
     assert await refusal(tmp_path / "o.csv", content) == (
         "line 1: the columns are separated by '|'; add --separator '|'"
@@ -68,7 +69,7 @@ async def test_another_separator_is_named_and_can_be_told(tmp_path: Path) -> Non
         ("extrenal_id,items", "line 1: unknown column 'extrenal_id'; the nearest known one is external_id ("),
         ("external_id,items,Tip Amount", "line 1: unknown column 'Tip Amount'; the nearest known one is tip_amount ("),
         ("external_id,items,qqq", "line 1: unknown column 'qqq'; the nearest known one is "),
-        ("external_id,items,notes,items", "line 1: the column items stands 2 times; its columns are 2 and 4 ("),
+        ("external_id,items,notes,items", "line 1: the column items occurs 2 times, in columns 2 and 4 ("),
         ("items,notes", "line 1: the column external_id (or convex_id) is missing ("),
         ("external_id,item_name,item_quantity", "line 1: the column item_unit_price is missing ("),
         (
@@ -79,7 +80,9 @@ async def test_another_separator_is_named_and_can_be_told(tmp_path: Path) -> Non
         ("external_id", "line 1: the column items, or"),
     ],
 )
-async def test_a_wrong_heading_is_one_sentence_before_any_row(tmp_path: Path, heading: str, begins: str) -> None:
+async def test_a_wrong_heading_is_refused_in_one_sentence_before_any_row(
+    tmp_path: Path, heading: str, begins: str
+) -> None:
     for content in (f"{heading}\n", f"{heading}\nx,y\n", f"\n{heading}\n"):
         line = "line 2" if content.startswith("\n") else "line 1"
         assert (await refusal(tmp_path / "o.csv", content)).startswith(begins.replace("line 1", line))
@@ -111,7 +114,7 @@ async def test_empty_columns_and_empty_rows_of_a_spreadsheet_are_not_read(tmp_pa
 # -- amounts and times -----------------------------------------------------------------------------------------------
 
 
-async def test_amounts_of_all_columns_are_in_major_units_with_the_decimal_that_is_told(tmp_path: Path) -> None:
+async def test_amounts_of_all_columns_are_in_major_units_with_the_given_decimal_sign(tmp_path: Path) -> None:
     heading = f"restaurant_id;{HEADING.replace(',', ';')};tip_amount;total"
     found = await read(
         tmp_path / "o.csv",
@@ -138,7 +141,7 @@ async def test_an_underscore_in_a_number_refuses_the_order(tmp_path: Path) -> No
     ]
 
 
-async def test_times_without_a_zone_are_in_that_of_the_restaurant_of_the_row(tmp_path: Path) -> None:
+async def test_times_without_a_zone_are_in_the_zone_of_the_restaurant_of_the_row(tmp_path: Path) -> None:
     found = await read(
         tmp_path / "o.csv",
         f"restaurant_id,{HEADING},created_at\n,a,Soup,1,620,2026-07-01 12:00\n,b,Soup,1,620,2026-03-29 02:30\n"
@@ -156,7 +159,7 @@ async def test_times_without_a_zone_are_in_that_of_the_restaurant_of_the_row(tmp
 # -- rows of one order -----------------------------------------------------------------------------------------------
 
 
-async def test_rows_of_one_order_that_stand_apart_make_one_whole_order(tmp_path: Path) -> None:
+async def test_scattered_rows_of_one_order_make_one_whole_order(tmp_path: Path) -> None:
     content = (
         f"{HEADING},status\nO1,Soup,1,620,ready\nO2,Tea,1,260,\nO1,Cake,1,450,\nO3,Tea,2,260,\nO1,Tea,1,260,ready\n"
     )
@@ -168,7 +171,7 @@ async def test_rows_of_one_order_that_stand_apart_make_one_whole_order(tmp_path:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 9_999)), min_size=1, unique_by=lambda row: row[1]))
-def test_an_order_is_whole_in_whatever_order_the_rows_stand(rows: list[tuple[str, int]]) -> None:
+def test_an_order_is_whole_in_any_sequence_of_rows(rows: list[tuple[str, int]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "o.csv"
         content = "".join(f"{name},Dish,1,{price}\n" for name, price in rows)
@@ -195,12 +198,13 @@ def test_an_order_is_whole_in_whatever_order_the_rows_stand(rows: list[tuple[str
         ),
         (
             "a,Soup,1,620,\na,Tea,1,260,\nb,Tea,1,260,\na,Soup,1,620,\na,Tea,1,260,\n",
-            "the rows from line 5 on repeat those from line 2 on, as if the file were put together twice; put them next"
-            " to one another if the items were ordered twice; the rows of the order are in lines 2, 3, 5, 6",
+            "the rows from line 5 on repeat those from line 2 on, as if the file had the same rows twice;"
+            " if the items were ordered twice, put the rows next to one another; the rows of the order are in lines"
+            " 2, 3, 5, 6",
         ),
     ],
 )
-async def test_an_order_whose_rows_stand_apart_is_refused_whole_with_its_lines(
+async def test_an_order_with_scattered_rows_is_refused_as_a_whole_with_its_lines(
     tmp_path: Path, rows: str, error: str
 ) -> None:
     found = await read(tmp_path / "o.csv", f"{HEADING},status\n{rows}")
@@ -218,8 +222,10 @@ async def test_an_order_whose_rows_stand_apart_is_refused_whole_with_its_lines(
         (",\u00e9,", ",e\u0301,"),
     ],
 )
-async def test_one_order_that_is_written_in_two_ways_is_not_two_orders(tmp_path: Path, first: str, second: str) -> None:
-    """The second one would replace the first, and its items would be lost."""
+async def test_one_order_whose_id_is_written_in_two_ways_is_not_two_orders(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    """As two orders, the second one would replace the first, and the items of the first would be lost."""
     heading = "restaurant_id,external_id,convex_id,item_name,item_quantity,item_unit_price"
     content = f"{heading}\n{first},Soup,1,620\n,other,,Tea,1,260\n{second},Cake,1,450\n"
     found = [row for row in await read(tmp_path / "o.csv", content) if row.line != 3]
@@ -228,7 +234,7 @@ async def test_one_order_that_is_written_in_two_ways_is_not_two_orders(tmp_path:
         assert "lines 2 and 4 differ" in found[0].error
 
 
-async def test_a_row_without_a_restaurant_spoils_the_orders_of_its_name(tmp_path: Path) -> None:
+async def test_a_row_without_a_restaurant_refuses_all_orders_with_its_id(tmp_path: Path) -> None:
     content = f"restaurant_id,{HEADING}\n{RESTAURANT},a,Soup,1,620\n{RESTAURANT},b,Tea,1,260\n,a,Cake,1,450\n"
     assert [
         (line, error.partition(" and")[0]) for line, error in results(await read(tmp_path / "o.csv", content, None))
@@ -239,7 +245,7 @@ async def test_a_row_without_a_restaurant_spoils_the_orders_of_its_name(tmp_path
     ]
 
 
-async def test_an_order_whose_id_stands_only_in_its_first_row_is_not_imported_in_part(tmp_path: Path) -> None:
+async def test_an_order_with_its_id_only_in_the_first_row_is_not_imported_in_part(tmp_path: Path) -> None:
     found = await read(tmp_path / "o.csv", f"{HEADING}\na,Soup,1,620\n,Bread,1,450\nb,Tea,1,260\nc,Tea,1,260\n")
     assert [(line, error.partition(" and")[0]) for line, error in results(found)] == [
         (2, "line 3 may belong to this order"),
@@ -249,23 +255,23 @@ async def test_an_order_whose_id_stands_only_in_its_first_row_is_not_imported_in
     ]
 
 
-async def test_equal_rows_beside_each_other_are_two_items(tmp_path: Path) -> None:
+async def test_equal_adjacent_rows_are_two_items(tmp_path: Path) -> None:
     found = await orders(tmp_path / "o.csv", f"{HEADING}\na,Beer,1,400\na,Beer,1,400\n\na,Beer,1,400\n")
     assert found == {"a": [("Beer", 1, 400)] * 3}
 
 
-def test_too_many_rows_that_stand_apart_are_refused_before_any_row(tmp_path: Path) -> None:
-    """They are held in memory until the last row of their order."""
+def test_too_many_scattered_rows_are_refused_before_any_row(tmp_path: Path) -> None:
+    """Scattered rows are kept in memory until the last row of their order."""
     path = tmp_path / "o.csv"
     path.write_text(f"{HEADING}\na,Soup,1,620\nb,Tea,1,260\na,Cake,1,450\nb,Cake,1,450\nc,Tea,1,260\nc,Tea,1,260\n")
     file = text_files.survey(str(path), None)
     with pytest.raises(InvalidInput, match="the first one in line 4; sort the file by external_id"):
         csv_files.survey(file, None, RESTAURANT, max_scattered_rows=3)
-    # Rows that stand together do not count.
+    # Adjacent rows do not count.
     assert csv_files.survey(file, None, RESTAURANT, max_scattered_rows=4).orders == 3
 
 
-async def test_an_order_with_more_than_a_thousand_rows_is_refused_without_holding_them(tmp_path: Path) -> None:
+async def test_an_order_with_more_than_a_thousand_rows_is_refused_without_keeping_them(tmp_path: Path) -> None:
     found = await read(tmp_path / "o.csv", f"{HEADING}\n" + "a,Tea,1,260\n" * 1_500 + "b,Tea,1,260\n")
     assert [(line, error[:34]) for line, error in results(found)] == [
         (2, "the order has more than 1,000 rows"),
@@ -282,5 +288,5 @@ def test_the_columns_are_the_fields_of_an_external_order() -> None:
     assert all(column.meaning for column in COLUMNS)
 
 
-def test_the_document_lists_the_columns_as_the_code_has_them() -> None:
+def test_the_document_lists_the_columns_of_the_code() -> None:
     assert table() in (ROOT / "docs/import.md").read_text(), f"put this table into docs/import.md:\n{table()}"

@@ -1,4 +1,5 @@
-"""Reading the rows of an import: each row becomes an order or an error, and an invalid row stops no other."""
+"""Reading the rows of an import: each row becomes an order or an error, and an invalid row does not stop the other
+rows."""
 
 import datetime as dt
 import gzip
@@ -47,7 +48,7 @@ async def read(
 
 
 async def refusal(path: Path, content: bytes | str, restaurant: str | None = RESTAURANT, **options: Any) -> str:
-    """Returns the sentence with which the whole file is refused."""
+    """Returns the message of the refusal of the whole file."""
     with pytest.raises(InvalidInput) as refused:
         await read(path, content, restaurant, **options)
     assert refused.value.details["field"] == "source"
@@ -99,7 +100,7 @@ async def test_each_line_becomes_an_order_or_is_refused_with_its_line_and_reason
     }
 
 
-async def test_json_lines_are_read_packed_and_in_the_encoding_that_is_told(tmp_path: Path) -> None:
+async def test_json_lines_are_read_packed_and_in_the_given_encoding(tmp_path: Path) -> None:
     text = "\n".join(json.dumps(body(name, notes="Grüße"), ensure_ascii=False) for name in ("a", "b"))
     for name, content, encoding in (
         ("o.jsonl.gz", gzip.compress(text.encode()), None),

@@ -1,5 +1,5 @@
-"""The text of an import file: its encoding is told, gzip is unpacked, and a bad file is refused with the place of its
-first bad byte, before any row."""
+"""The text of an import file: its encoding is given or found, gzip is unpacked, and a bad file is refused with the
+place of its first bad byte, before any row."""
 
 import gzip
 from pathlib import Path
@@ -41,9 +41,7 @@ def refusal(path: Path, content: bytes, told: str | None = None, **limits: int) 
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [4, 7, 2**18])
-def test_text_is_read_in_the_encoding_that_is_told(
-    tmp_path: Path, told: str | None, content: bytes, piece_bytes: int
-) -> None:
+def test_text_is_read_in_the_given_encoding(tmp_path: Path, told: str | None, content: bytes, piece_bytes: int) -> None:
     expected = TEXT if b"x\n" not in content else content.decode()
     assert text_of(tmp_path / "f", content, told, piece_bytes=piece_bytes) == expected
     assert text_of(tmp_path / "f.gz", gzip.compress(content), told, piece_bytes=piece_bytes) == expected
@@ -62,13 +60,13 @@ def test_text_is_read_in_the_encoding_that_is_told(
         ("utf-16", TEXT.encode(), "line 1, byte 1 of the text is no byte order mark"),
         ("utf-8", TEXT.encode("utf-16"), "begins the byte order mark of UTF-16-LE: not utf-8"),
         ("cp1252", TEXT.encode("utf-8-sig"), "begins the byte order mark of UTF-8: not cp1252"),
-        (None, TEXT.encode("utf-32"), "UTF-32, which is not read"),
-        (None, TEXT.encode("utf-16-le"), "line 1, byte 2 of the text is 0x00: no text has a zero byte; for a file of"),
-        (None, b"a\nb\n\0\0\0\0", "line 3, byte 5 of the text is 0x00: no text has a zero byte"),
+        (None, TEXT.encode("utf-32"), "UTF-32, which is not supported"),
+        (None, TEXT.encode("utf-16-le"), "line 1, byte 2 of the text is 0x00: a text has no zero byte; for a file of"),
+        (None, b"a\nb\n\0\0\0\0", "line 3, byte 5 of the text is 0x00: a text has no zero byte"),
     ],
 )
 @pytest.mark.parametrize("piece_bytes", [4, 2**18])
-def test_a_file_that_is_not_of_the_told_encoding_is_refused_with_the_place_of_its_first_bad_byte(
+def test_a_file_in_another_encoding_is_refused_with_the_place_of_its_first_bad_byte(
     tmp_path: Path, told: str | None, content: bytes, place: str, piece_bytes: int
 ) -> None:
     assert place in refusal(tmp_path / "f", content, told, piece_bytes=piece_bytes)

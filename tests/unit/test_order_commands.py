@@ -1,4 +1,4 @@
-"""The commands on orders: what each one does, who may do it, and what it refuses by which name."""
+"""The commands on orders: their effects, their permissions, and the codes of their refusals."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -68,7 +68,7 @@ def discounting(order: Order, by: Act) -> Order:
     return discount_order(order, by, Discount(bp=1_000, reason="regular"))
 
 
-# -- who may do what, and when -----------------------------------------------------------------------------------
+# -- permissions -------------------------------------------------------------------------------------------------
 
 ORDERS: dict[str, Callable[[], Order]] = {
     "pending": lambda: placed(SOUP, FISH),
@@ -159,7 +159,7 @@ COLUMNS += [("kitchen", KITCHEN, False), ("manager", MANAGER, True)]
 @pytest.mark.parametrize(
     "row", [row.split() for row in TABLE.strip().splitlines()[1:]], ids=lambda row: "-".join(row[:2])
 )
-def test_the_table_of_who_may_change_what(row: list[str]) -> None:
+def test_the_table_says_which_role_may_do_which_action(row: list[str]) -> None:
     command, state, *expected = row
     order = ORDERS[state]()
     found = []
@@ -179,7 +179,7 @@ def test_every_action_has_a_rule() -> None:
 
 
 @pytest.mark.parametrize("reason", [None, ""])
-def test_what_costs_the_restaurant_money_needs_a_reason(reason: str | None) -> None:
+def test_voids_discounts_waivers_and_refunds_need_a_reason(reason: str | None) -> None:
     order = paid(accepted(SOUP, FISH), 1575)
     manager = act(5, role=MANAGER)
     for call in (
@@ -196,7 +196,7 @@ def test_what_costs_the_restaurant_money_needs_a_reason(reason: str | None) -> N
 # -- lines -------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_added_twice_with_one_id_counts_once_and_another_content_is_refused() -> None:
+def test_a_repeated_line_counts_once_and_its_id_with_other_content_is_refused() -> None:
     order = add_lines(placed(SOUP), act(2), [FISH])
     assert add_lines(order, act(3), [FISH]) is order
     assert add_lines(complete(order, act(3)), act(4), [FISH]).items[1].id == FISH.id
@@ -216,7 +216,7 @@ def test_an_order_has_at_most_a_thousand_lines_and_a_bounded_subtotal() -> None:
     assert refusal(lambda: placed(line("gold", 10**11), FISH)).code == "order_too_large"
 
 
-def test_a_void_takes_back_no_more_than_there_is() -> None:
+def test_a_void_takes_back_no_more_pieces_than_are_left() -> None:
     order = voiding(placed(SOUP, FISH), quantity=1)
     assert item(order, "soup").quantity == 1
     refused = refusal(lambda: voiding(order, quantity=2, id=named("second")))
@@ -230,7 +230,7 @@ def test_a_void_takes_back_no_more_than_there_is() -> None:
     assert refusal(lambda: voiding(gone, "cake")).kind is Kind.ABSENT
 
 
-def test_a_discount_above_what_it_is_taken_from_is_refused() -> None:
+def test_a_discount_above_the_price_is_refused() -> None:
     order = placed(SOUP, FISH)
     refused = refusal(lambda: discount_order(order, act(2), Discount(amount=1501, reason="x")))
     assert (refused.code, refused.details) == ("discount_above_subtotal", {"limit": 1500})
@@ -252,14 +252,14 @@ def test_a_discount_can_be_removed() -> None:
     assert discount_line(comped, act(4), named("soup"), None).total == order.total
 
 
-# -- what PUT items becomes --------------------------------------------------------------------------------------
+# -- PUT items ---------------------------------------------------------------------------------------------------
 
 
 def wanted(new: Any, quantity: int = 1, **fields: Any) -> Wanted:
     return Wanted(new.menu_item_id, quantity, **fields)
 
 
-def test_items_that_stay_keep_their_line_and_their_price() -> None:
+def test_unchanged_items_keep_their_line_and_their_price() -> None:
     order = placed(line("steak", 2000))
     plan = plan_items(order, [wanted(line("steak", 0)), wanted(line("cola", 0), 2)])
     assert (plan.more, plan.fewer) == (((1, 2),), ())
@@ -267,7 +267,7 @@ def test_items_that_stay_keep_their_line_and_their_price() -> None:
     assert [(one.name, one.unit_price, one.quantity) for one in after.items] == [("steak", 2000, 1), ("cola", 350, 2)]
 
 
-def test_fewer_and_missing_items_become_voids_and_more_a_new_line() -> None:
+def test_fewer_items_become_voids_and_more_items_become_a_new_line() -> None:
     order = placed(SOUP, FISH)
     plan = plan_items(order, [wanted(SOUP, 1), wanted(SOUP, 4)])
     assert plan.more == ((0, 3),)
@@ -278,7 +278,7 @@ def test_fewer_and_missing_items_become_voids_and_more_a_new_line() -> None:
     assert put_items(order, act(2), plan, []) == put_items(order, act(2), plan, [])
 
 
-def test_other_options_or_instructions_are_another_item() -> None:
+def test_an_item_with_other_options_or_instructions_is_another_item() -> None:
     large = line("pizza", 1100, customizations=(Customization("size", "large", 200),), special_instructions="hot")
     order = placed(large)
     same = wanted(large, customizations=(("size", "large"),), special_instructions="hot")
@@ -300,7 +300,7 @@ def states(order: Order) -> dict[str, KitchenState]:
     return {one.name: one.kitchen.state for one in order.items}
 
 
-def test_accepting_fires_all_but_what_is_held_and_later_courses() -> None:
+def test_accepting_fires_all_lines_except_held_ones_and_later_courses() -> None:
     order = placed(
         line("water", 200),
         line("soup", 300, course=1),
@@ -317,7 +317,7 @@ def test_accepting_fires_all_but_what_is_held_and_later_courses() -> None:
     assert item(order, "fish").kitchen.times.fired == later(3)  # type: ignore[union-attr]
 
 
-def test_the_first_course_is_the_first_that_is_left() -> None:
+def test_the_first_course_is_the_first_one_with_an_active_line() -> None:
     order = placed(line("soup", 300, course=1), line("fish", 900, course=2), line("cake", 500, course=3))
     assert states(accept(voiding(order), act(4))) == {"soup": "new", "fish": "fired", "cake": "new"}
     moved = edit_line(accept(order, act(2)), act(3), named("fish"), course=1)
@@ -343,7 +343,7 @@ def test_the_status_follows_the_lines() -> None:
     assert voiding(voiding(recalled), "fish").status is OrderStatus.RECEIVED
 
 
-def test_acts_of_the_kitchen_go_forward_and_do_nothing_twice() -> None:
+def test_lines_only_move_forward_and_a_repeated_step_changes_nothing() -> None:
     order = cook(accepted(SOUP), act(2), KitchenState.READY)
     assert cook(order, act(3), KitchenState.READY) is order
     assert cook(order, act(3), KitchenState.STARTED) is order
@@ -364,7 +364,7 @@ def test_a_stale_terminal_does_not_undo_ready_but_a_recall_does() -> None:
     assert states(merge(recalled, stale))["soup"] == "fired"
 
 
-def test_a_station_sees_its_lines_alone() -> None:
+def test_a_station_moves_only_its_own_lines() -> None:
     grill, bar = named("grill"), named("bar")
     order = accepted(line("steak", 2000, station_id=grill), line("beer", 450, station_id=bar))
     assert states(cook(order, act(2), KitchenState.READY, station=bar)) == {"steak": "fired", "beer": "ready"}
@@ -386,7 +386,7 @@ def test_a_scheduled_order_is_fired_in_time_for_its_slowest_dish() -> None:
     assert set(states(fire_due(order, act(3, minutes=20))).values()) == {KitchenState.FIRED}
 
 
-def test_a_line_added_beside_the_acceptance_is_fired_after_the_merge() -> None:
+def test_a_line_added_during_the_acceptance_is_fired_after_the_merge() -> None:
     order = placed(SOUP)
     merged = merge(accept(order, act(2)), add_lines(order, act(2), [FISH]))
     assert states(merged) == {"soup": "fired", "fish": "new"}
@@ -416,7 +416,7 @@ def test_the_original_systems_set_the_status_step_by_step(status: str, then: str
 # -- payments ----------------------------------------------------------------------------------------------------
 
 
-def test_more_than_the_balance_is_refused_unless_it_is_a_tip() -> None:
+def test_a_payment_above_the_balance_is_refused_unless_the_rest_is_a_tip() -> None:
     order = placed(line("menu", 3080), terms=Tax())
     order = paid(order, 1000, "first")
     refused = refusal(lambda: paid(order, 100_000, "second"))
@@ -462,7 +462,7 @@ def test_a_refund_names_its_payment_and_takes_no_more_than_is_left_of_it() -> No
     assert refusal(lambda: refunded(order, 1, "again", 6, refund_of=named("refund"))).code == "unknown_payment"
 
 
-def test_without_a_name_the_newest_payment_that_can_bear_it_is_refunded() -> None:
+def test_a_refund_without_a_payment_takes_the_newest_one_with_enough_left() -> None:
     order = paid(paid(paid(placed(SOUP, FISH), 700, "old"), 600, "new", 4), 275, "cash", 5, method="cash")
     assert refunded(order, 500, version=6).payments[-1].refund_of == named("new")
     assert refunded(order, 650, version=6).payments[-1].refund_of == named("old")
@@ -483,7 +483,7 @@ def test_only_money_that_nobody_owed_is_a_credit() -> None:
     assert (mixed.payments[-1].credit, mixed.due, mixed.balance) == (100, 200, 0)
 
 
-def test_a_credit_never_makes_an_order_cost_less_than_nothing() -> None:
+def test_a_credit_never_makes_the_due_amount_negative() -> None:
     order = refunded(paid(placed(SOUP, terms=Tax()), 600), 500)
     assert (order.due, order.balance) == (100, 0)
     less = voiding(order, act_=act(5))
@@ -495,7 +495,7 @@ def test_an_order_that_costs_nothing_is_paid() -> None:
     assert placed(SOUP).payment_status is PaymentStatus.PENDING
 
 
-def test_the_last_payment_that_fits_is_the_thousandth() -> None:
+def test_an_order_has_at_most_a_thousand_payments() -> None:
     order = placed(line("menu", 5_000), terms=Tax())
     many = tuple(structs.replace(paid(order, 1).payments[0], id=named(str(number))) for number in range(1_000))
     order = derive(structs.replace(order, payments=many))
@@ -539,13 +539,13 @@ def test_a_command_that_changes_nothing_returns_the_order_itself() -> None:
     assert refusal(lambda: edit_order(placed(SOUP), act(2), total=1)).field == "total"
 
 
-def test_a_register_that_stays_keeps_its_version() -> None:
+def test_an_unchanged_register_keeps_its_version() -> None:
     order = edit_order(placed(SOUP), act(2), notes="window", guests=2)
     order = edit_order(order, act(3), notes="window", guests=4, customer_name="Ada")
     assert order.revs == {"guests": 3, "notes": 2, "contact": 3}
 
 
-def test_stock_stays_taken_for_what_was_made() -> None:
+def test_stock_stays_taken_for_pieces_that_were_started() -> None:
     recipe = (Consumption(FLOUR, 2),)
     order = accepted(line("soup", 300, 3, consumes=recipe), line("fish", 900, consumes=recipe))
 
@@ -565,7 +565,7 @@ def test_stock_stays_taken_for_what_was_made() -> None:
     assert held(both) == 4 + 2
 
 
-def test_a_restored_order_holds_its_stock_from_then_on() -> None:
+def test_a_restored_order_holds_its_stock_from_the_restoration_on() -> None:
     order = placed(line("soup", 300, consumes=(Consumption(FLOUR, 2),)))
     assert order.holds[0].held_at is None
     deleted = delete(order, act(2))
@@ -574,15 +574,16 @@ def test_a_restored_order_holds_its_stock_from_then_on() -> None:
     assert (restored.holds[0].quantity, restored.holds[0].held_at, restored.deleted_at) == (2, later(2), None)
 
 
-def test_stock_of_a_new_line_is_held_from_a_moment_of_its_own() -> None:
-    """The clock stands still or goes back. The claim knows a new hold by its item and its time."""
+def test_a_new_line_holds_its_stock_from_a_time_of_its_own() -> None:
+    """This holds even if the clock stands still or goes back. The claim recognizes a new hold by its item and its
+    time."""
     soup, bread, rice = [line(name, 300, consumes=(Consumption(FLOUR, 2),)) for name in ("soup", "bread", "rice")]
     order = placed(soup, FISH)
     at, micro = order.created_at, timedelta(microseconds=1)
     more = add_lines(order, act(2, minutes=0), [bread, line("beer", 450)])
     assert [(one.quantity, one.held_at) for one in more.holds] == [(2, None), (2, at + micro)]
     assert item(more, "beer").held_at is None
-    # A line that takes the place of another one does not take its moment.
+    # A line that replaces another one does not take over its time.
     other = put_items(order, act(2, minutes=0), plan_items(order, [wanted(rice), wanted(FISH)]), [rice])
     assert [(one.quantity, one.held_at) for one in other.holds] == [(2, at + micro)]
     restored = restore(delete(more, act(3)), act(4))
@@ -591,7 +592,7 @@ def test_stock_of_a_new_line_is_held_from_a_moment_of_its_own() -> None:
     assert item(add_lines(more, act(3), [rice]), "rice").held_at is None
 
 
-def test_voids_that_meet_in_a_merge_take_no_piece_twice() -> None:
+def test_voids_of_both_sides_of_a_merge_take_no_piece_twice() -> None:
     order = accepted(line("soup", 300, 3, consumes=(Consumption(FLOUR, 1),)))
     one = voiding(order, quantity=2, id=named("one"), wasted=True)
     other = voiding(order, quantity=2, id=named("other"), wasted=False)
@@ -599,7 +600,7 @@ def test_voids_that_meet_in_a_merge_take_no_piece_twice() -> None:
     assert (item(merged, "soup").quantity, merged.holds[0].quantity) == (0, 2)
 
 
-def test_a_line_that_comes_after_closing_is_kept_and_flagged() -> None:
+def test_a_line_that_is_added_after_closing_is_kept_and_flagged() -> None:
     order = accepted(SOUP)
     closed = complete(paid(order, 630), act(4))
     merged = merge(closed, add_lines(order, act(2), [FISH]))
@@ -618,12 +619,12 @@ def test_two_facts_with_one_id_are_flagged() -> None:
     assert merge(*voids).flags == (FACTS_DIFFER,)
 
 
-def test_two_orders_are_not_merged() -> None:
+def test_a_merge_refuses_two_different_orders() -> None:
     with pytest.raises(ValueError, match="two orders"):
         merge(accepted(SOUP), structs.replace(accepted(SOUP), id=named("other")))
 
 
-def test_what_was_written_on_an_old_base_is_lifted_above_the_head() -> None:
+def test_registers_written_on_an_old_base_are_lifted_above_the_head() -> None:
     base = placed(SOUP, FISH)
     head = edit_order(edit_order(base, act(2), guests=2), act(3), notes="window")
     offline = edit_order(edit_line(base, act(2), named("soup"), seat=4), act(2), notes="door")
@@ -633,7 +634,7 @@ def test_what_was_written_on_an_old_base_is_lifted_above_the_head() -> None:
     assert merged.revs == {"guests": 2, "notes": 4}
 
 
-def test_an_erasure_empties_what_belongs_to_a_person_and_keeps_the_money() -> None:
+def test_an_erasure_empties_the_personal_fields_and_keeps_the_amounts() -> None:
     order = placed(line("soup", 300, special_instructions="for Ada"), customer_name="Ada", notes="Ada's birthday")
     erased = erase(order, later(5))
     assert (erased.customer_name, erased.notes, erased.items[0].special_instructions) == (None, None, None)
@@ -642,10 +643,10 @@ def test_an_erasure_empties_what_belongs_to_a_person_and_keeps_the_money() -> No
     assert merge(erase(order, later(6)), erased).erased_at == later(5)
 
 
-# -- amounts that another system told ----------------------------------------------------------------------------
+# -- told amounts ------------------------------------------------------------------------------------------------
 
 
-def test_told_amounts_stand_until_the_price_changes_here() -> None:
+def test_told_amounts_count_until_the_price_changes_here() -> None:
     order = tell(placed(SOUP, FISH), act(2), subtotal=1500, tax_amount=70, total=1570)
     assert (order.tax_amount, order.total, order.flags) == (70, 1570, ())
     assert [one.tax_amount for one in order.items] == [28, 42]
@@ -686,7 +687,7 @@ def test_a_service_charge_depends_on_type_and_guests_and_can_be_waived() -> None
     assert set_service(waived, act(3), None).service_amount == 60
 
 
-def test_a_service_charge_of_its_own_category_is_taxed_as_one_more_line() -> None:
+def test_a_service_charge_with_its_own_category_is_taxed_like_one_more_line() -> None:
     terms = Terms(tax=rates(standard=100_000, service=200_000), service_charge=ServiceCharge(bp=1_000, tax="service"))
     order = placed(SOUP, terms=terms)
     assert (order.service_amount, order.service_tax, order.tax_amount, order.total) == (60, 12, 72, 732)
@@ -700,12 +701,12 @@ def test_a_category_without_rates_is_taxed_as_standard() -> None:
     assert order.tax_amount == 70
 
 
-def test_a_rate_that_is_no_whole_number_of_basis_points_is_not_shown_as_one() -> None:
+def test_a_rate_that_is_no_whole_number_of_basis_points_is_not_shown() -> None:
     assert placed(SOUP, terms=rates(standard=88_750)).tax_basis_points is None
     assert placed(SOUP, terms=rates(standard=70_000)).tax_basis_points == 700
 
 
-def test_closed_orders_say_how_and_by_whom() -> None:
+def test_a_closed_order_has_the_kind_author_and_reason_of_its_closing() -> None:
     order = cancel(placed(SOUP), act(2), "gone")
     assert order.closed is not None
     assert (order.closed.as_, order.closed.by, order.closed.reason) == (ClosedAs.CANCELLED, "anna", "gone")
@@ -713,21 +714,21 @@ def test_closed_orders_say_how_and_by_whom() -> None:
     assert b'"as":"cancelled"' in encode(order)
 
 
-def test_a_void_of_a_terminal_is_clamped_not_refused() -> None:
+def test_voids_above_the_quantity_are_clamped_and_not_refused() -> None:
     order = placed(SOUP)
     fact = Void(named("a"), later(1), quantity=3)
     soup = structs.replace(order.items[0], voids=(fact, structs.replace(fact, id=named("b"))))
     assert derive(structs.replace(order, items=(soup,))).items[0].quantity == 0
 
 
-def test_times_of_facts_are_information_only() -> None:
+def test_the_time_of_a_payment_does_not_change_the_balance() -> None:
     order = accepted(SOUP)
     future = paid(order, 300, version=2)
     ahead = structs.replace(future.payments[0], created_at=future.created_at + timedelta(days=400))
     assert derive(structs.replace(future, payments=(ahead,))).balance == future.balance
 
 
-def test_an_erasure_changes_no_winner() -> None:
+def test_an_erasure_does_not_change_the_winner_of_a_merge() -> None:
     order = accepted(SOUP, structs.replace(FISH, hold=True))
     one = edit_line(order, act(2), named("fish"), special_instructions="for Ada", course=2)
     other = edit_line(order, act(2), named("fish"), special_instructions="for Ben", course=1)

@@ -1,4 +1,4 @@
-"""Twelve bills, calculated by hand. They freeze the law of prices: docs/orders.md explains two of them."""
+"""Twelve bills, calculated by hand, that fix the rules of prices. docs/orders.md explains two of them."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def taxes(order: Order) -> list[tuple[int, int]]:
     return [(one.rate_ppm, one.tax) for one in order.taxes]
 
 
-def test_1_the_tax_of_the_original_systems_is_of_the_full_price() -> None:
+def test_1_the_original_systems_tax_the_full_price() -> None:
     fields: dict[str, Any] = {"discount": Discount(amount=100), "tip": 200, "deposit_used": 50}
     order = placed(line("dosa", 980, 2), **fields)
     assert (order.subtotal, order.tax_amount, order.tip_amount, order.total) == (1960, 98, 200, 2108)
@@ -34,7 +34,7 @@ def test_2_a_half_is_rounded_up() -> None:
     assert (order.tax_amount, order.total, order.total_amount) == (50, 1040, 1040)
 
 
-def test_3_a_discount_is_spread_over_lines_of_several_rates() -> None:
+def test_3_a_discount_is_apportioned_to_lines_of_several_rates() -> None:
     order = placed(
         line("book", 1000, tax_category="reduced"),
         line("beer", 500),
@@ -74,7 +74,7 @@ def test_6_a_tax_is_rounded_once_per_order_or_once_per_line() -> None:
     assert placed(*dishes, terms=structs.replace(tax, rounding=Rounding.LINE)).tax_amount == 328
 
 
-def test_7_a_service_charge_is_taxed_as_the_lines_that_it_serves() -> None:
+def test_7_a_service_charge_is_taxed_like_the_lines() -> None:
     dishes = line("steak", 1880), line("wine", 695)
     terms = Terms(tax=rates(standard=88_750), service_charge=ServiceCharge(bp=1_800))
     order = placed(*dishes, terms=terms)
@@ -129,7 +129,7 @@ def test_11_a_paid_order_is_cancelled_or_partly_refunded() -> None:
     assert goodwill.payment_status is PaymentStatus.PARTIALLY_REFUNDED
 
 
-def test_12_what_two_waiters_add_offline_is_all_on_the_bill() -> None:
+def test_12_all_lines_that_two_waiters_add_offline_are_on_the_bill() -> None:
     order = accepted(line("soup", 300))
     one = add_lines(order, act(2), [line("beer", 450, 2)])
     other = add_lines(order, act(2), [line("fish", 1250, 2), line("rice", 400, 3), line("flan", 600, 2)])

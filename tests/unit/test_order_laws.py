@@ -1,4 +1,4 @@
-"""The laws of orders: what every price, every command and every merge keeps, whatever happened."""
+"""Invariants of prices, commands and merges of orders, tested with random histories."""
 
 import hypothesis.strategies as st
 import msgspec
@@ -50,7 +50,7 @@ def ids(order: Order) -> set[str]:
 
 
 def priced_here(order: Order) -> Order:
-    """Returns the order without the amounts that another system told us."""
+    """Returns the order without its told amounts."""
     return derive(structs.replace(order, told=None))
 
 
@@ -58,7 +58,7 @@ def priced_here(order: Order) -> Order:
 
 
 @given(amounts, st.integers(1, 10**6))
-def test_half_up_is_the_nearest_unit_and_takes_the_larger_of_two(numerator: int, denominator: int) -> None:
+def test_half_up_returns_the_nearest_unit_and_rounds_a_half_up(numerator: int, denominator: int) -> None:
     rounded = half_up(numerator, denominator)
     assert -denominator < 2 * (numerator - rounded * denominator) < denominator or (
         2 * (rounded * denominator - numerator) == denominator
@@ -74,7 +74,7 @@ def test_shares_sum_exactly_and_each_is_within_one_unit(amount: int, weights: li
 
 
 @given(amounts, st.integers(1, 10), st.integers(1, 100))
-def test_of_equal_weights_the_earlier_has_the_unit_that_is_left(amount: int, number: int, weight: int) -> None:
+def test_units_that_are_left_go_to_the_earlier_of_equal_weights(amount: int, number: int, weight: int) -> None:
     shares = apportion(amount, [weight] * number)
     assert shares == sorted(shares, reverse=True)
 
@@ -84,7 +84,7 @@ def test_of_equal_weights_the_earlier_has_the_unit_that_is_left(amount: int, num
 
 @many
 @given(histories(1))
-def test_the_amounts_of_the_lines_are_those_of_the_order(history: History) -> None:
+def test_the_amounts_of_the_lines_sum_to_those_of_the_order(history: History) -> None:
     for state in (history.trunk, *history.branches):
         order = priced_here(state)
         tax = order.terms.tax
@@ -105,7 +105,7 @@ def test_the_amounts_of_the_lines_are_those_of_the_order(history: History) -> No
 
 @many
 @given(histories(1))
-def test_a_tax_that_another_system_told_is_spread_without_loss(history: History) -> None:
+def test_a_told_tax_is_apportioned_without_loss(history: History) -> None:
     for order in (history.trunk, *history.branches):
         assert sum(one.tax_amount for one in order.items) + order.service_tax == order.tax_amount
         assert sum(one.tax for one in order.taxes) == order.tax_amount
@@ -133,7 +133,7 @@ def test_a_tax_is_rounded_once_for_each_rate_or_once_for_each_line(history: Hist
 
 @many
 @given(histories(1), st.data())
-def test_no_order_of_facts_changes_anything(history: History, data: st.DataObject) -> None:
+def test_the_sequence_of_facts_changes_nothing(history: History, data: st.DataObject) -> None:
     (order,) = history.branches
     assert derive(data.draw(shuffled(order))) == order
 
@@ -160,7 +160,7 @@ def test_a_command_keeps_the_fields_of_a_newer_release(history: History) -> None
 
 @many
 @given(histories(2))
-def test_the_balance_is_what_is_due_less_what_was_paid(history: History) -> None:
+def test_the_balance_is_the_due_amount_less_the_payments(history: History) -> None:
     for order in (*history.branches, merge(*history.branches)):
         paid = sum(one.amount for one in order.payments)
         assert order.balance == order.due - paid
@@ -212,7 +212,7 @@ def test_a_merge_is_commutative_associative_and_idempotent(history: History) -> 
 
 @many
 @given(histories(2))
-def test_merging_an_order_with_what_a_command_made_of_it_gives_the_latter(history: History) -> None:
+def test_merging_the_states_before_and_after_a_command_gives_the_latter(history: History) -> None:
     for step in history.steps:
         assert encode(merge(step.before, step.after)) == encode(step.after), step.name
         assert encode(merge(step.after, step.before)) == encode(step.after), step.name
@@ -228,8 +228,8 @@ def test_no_line_payment_or_void_ever_vanishes(history: History) -> None:
 
 
 @given(orders(), st.data())
-def test_states_that_no_history_explains_merge_as_well(order: Order, data: st.DataObject) -> None:
-    """Two states may differ in what is fixed, and two facts may have one id: another system, a bug, a copied disk."""
+def test_contradictory_states_are_merged_too(order: Order, data: st.DataObject) -> None:
+    """Two states may differ in fixed values, and two facts may have one id, after a bug or on a copied disk."""
     sides = []
     for number in range(3):
         items = data.draw(st.lists(new_lines("line"), max_size=2, unique_by=lambda one: one.id))
@@ -295,18 +295,18 @@ def test_nothing_personal_is_left_after_an_erasure(history: History) -> None:
 
 @many
 @given(histories(2))
-def test_firing_what_is_due_after_a_merge_is_done_once(history: History) -> None:
+def test_lines_that_are_due_after_a_merge_are_fired_once(history: History) -> None:
     merged = fire_due(merge(*history.branches), act(50))
     assert fire_due(merged, act(51)) is merged
     assert encode(merge(merged, merged)) == encode(merged)
 
 
-# -- what the commands keep --------------------------------------------------------------------------------------
+# -- commands ----------------------------------------------------------------------------------------------------
 
 
 @many
 @given(histories(1))
-def test_a_command_changes_no_line_of_another_and_no_price(history: History) -> None:
+def test_a_command_changes_no_price_and_no_ordered_quantity(history: History) -> None:
     for step in history.steps:
         after = {one.id: one for one in step.after.items}
         for one in step.before.items:
@@ -316,7 +316,7 @@ def test_a_command_changes_no_line_of_another_and_no_price(history: History) -> 
 
 @many
 @given(histories(1), st.integers(1, 10**6))
-def test_a_discount_that_lines_no_longer_bear_is_cut_to_them(history: History, discount: int) -> None:
+def test_a_discount_is_limited_to_the_price_of_the_lines(history: History, discount: int) -> None:
     (order,) = history.branches
     cut = derive(structs.replace(order, discount=Discount(amount=discount)))
     assert 0 <= cut.discount_amount <= cut.subtotal
@@ -324,7 +324,7 @@ def test_a_discount_that_lines_no_longer_bear_is_cut_to_them(history: History, d
 
 @many
 @given(histories(1))
-def test_stock_is_held_for_all_pieces_that_are_active_or_made(history: History) -> None:
+def test_stock_is_held_for_all_active_pieces_and_at_most_for_all_ordered_ones(history: History) -> None:
     for order in (history.trunk, *history.branches):
         held = sum(one.quantity for one in order.holds)
         active = sum(2 * one.quantity for one in order.items if one.consumes)

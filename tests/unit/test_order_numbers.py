@@ -1,4 +1,4 @@
-"""A number that a claim gives is written into the change, and everything else in it stays as it is."""
+"""The order number that a claim gives is written into the change, and the rest of the change stays the same."""
 
 import msgspec
 import pytest
@@ -17,7 +17,7 @@ def made() -> Change:
 
 
 def newer(change: Change) -> bytes:
-    """The event as a newer release encodes it, with fields more at every depth."""
+    """Returns the event as a newer release encodes it, with additional fields at every depth."""
     after = encode({"order_number_of_till": "", **msgspec.json.decode(change.data.after), "fiscal_id": "DE-4711"})
     change = structs.replace(change, data=ChangeData(after=Raw(after), before=change.data.before))
     event = msgspec.json.decode(encode(change))
@@ -31,7 +31,7 @@ def test_the_number_is_the_only_difference_also_in_a_change_of_a_newer_release()
     assert with_number_in_event(ORDER, event, "") == event
 
 
-def test_the_owner_of_a_claim_and_whoever_finishes_it_record_the_same_bytes() -> None:
+def test_the_owner_of_a_claim_and_the_claim_finisher_record_the_same_bytes() -> None:
     change = made()
     state = ORDER.decode(change)
     numbered, state = with_number(ORDER, change, state, "0043")
@@ -41,6 +41,6 @@ def test_the_owner_of_a_claim_and_whoever_finishes_it_record_the_same_bytes() ->
 
 
 @pytest.mark.parametrize("number", ["", "0043"])
-def test_an_entity_without_numbers_stays_as_it_is(number: str) -> None:
+def test_an_entity_without_numbers_stays_unchanged(number: str) -> None:
     change = builders.change(builders.menu_item())
     assert with_number_in_event(ENTITIES["menu_item"], encode(change), number) == encode(change)

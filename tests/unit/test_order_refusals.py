@@ -1,4 +1,4 @@
-"""Refusals of the order's law as answers: each kind has one status, and keeps code, field and details."""
+"""Refusals of commands on orders as HTTP errors: each kind has one status, and code, field and details are kept."""
 
 import pytest
 

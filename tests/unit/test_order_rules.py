@@ -29,7 +29,7 @@ def test_an_order_moves_forward_step_by_step_and_can_be_cancelled_until_it_is_co
     assert allowed_next(OrderStatus.COMPLETED) == allowed_next(OrderStatus.CANCELLED) == ()
 
 
-def test_items_cannot_change_once_the_kitchen_has_begun() -> None:
+def test_items_cannot_change_once_the_kitchen_has_started() -> None:
     assert [status for status in OrderStatus if items_may_change(status)] == [OrderStatus.PENDING, OrderStatus.RECEIVED]
 
 
@@ -99,7 +99,7 @@ def test_a_selection_matches_only_the_orders_that_the_list_asks_for() -> None:
 
 
 @pytest.mark.parametrize("clock", ["{}", '{"till-1":7}', '{"till-1":7,"}\\"{\\\\":12}'])
-def test_view_hides_the_clock_of_terminals_and_the_request_key_alone(clock: str) -> None:
+def test_the_view_hides_the_clock_of_terminals_and_the_request_key(clock: str) -> None:
     state = '{"id":"one","payments":[{"id":"two","request_key":"2"}]%s,"notes":"\\",\\"clock\\":{}"}'
     view = bytes(state_view((state % f',"clock":{clock}').encode(), Head(3, "c"), {}))
     shown = state.replace(',"request_key":"2"', "") % ""

@@ -11,7 +11,7 @@ stopped. Bulk imports use the background lane, so that they do not delay new ord
     csv_files.py               separators, headings, and the rows of one order
     sources.py                 reads rows from JSON lines, CSV or another PostgreSQL
     importer.py                imports all rows of a source and stores the progress
-    forecast.py                says what an import would do
+    forecast.py                computes the outcome of an import
     routes.py, commands.py     POST /api/sync/order and `ticketrail import`
 
 Others may use: `external_order_upserts` and `routes` (api.py), `commands` (the command line). The rest is internal.

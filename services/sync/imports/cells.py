@@ -1,8 +1,8 @@
 """Reads the amounts, numbers and times of cells. Pure.
 
 An amount is a whole number of minor units. With `--decimal` it is a number of major units, such as 12,50, and the
-currency of the restaurant says how many digits may follow. Only the digits 0 to 9 count, without thousands separators:
-Python would take `1_250`, digits of other scripts and NaN too.
+currency of the restaurant says how many decimal places are allowed. Only the digits 0 to 9 are allowed, without
+thousands separators. Python itself would also accept `1_250`, digits of other scripts and NaN.
 """
 
 import re
@@ -30,7 +30,7 @@ EXAMPLE = "write it like 2026-03-01 18:30, or 2026-03-01T18:30:00+01:00"
 
 
 def whole_number(text: str) -> int:
-    """Raises ValueError."""
+    """Reads a whole number. Raises ValueError."""
     if not _WHOLE.fullmatch(text.strip(" ")):
         raise ValueError(f"{shown(text)} is not a whole number")
     return int(text)
@@ -44,8 +44,8 @@ def minor_units(text: str) -> int:
 
 
 def major_units(text: str, decimal: Decimal, currency: str) -> int:
-    """Returns the minor units of an amount in major units. Raises ValueError, also for digits that the currency does
-    not have."""
+    """Returns the minor units of an amount in major units. Raises ValueError, also if it has more decimal places than
+    the currency."""
     digits = minor_digits(currency)
     found = _MAJOR[decimal].fullmatch(text.strip(" "))
     if found is None:
@@ -58,8 +58,9 @@ def major_units(text: str, decimal: Decimal, currency: str) -> int:
 
 
 def moment(text: str, restaurant: Restaurant | None) -> datetime:
-    """Reads a time. Without a zone it is in that of the restaurant. A time that the clocks skip is refused; of a time
-    that they show twice the first is meant. A date alone is the beginning of that business day. Raises ValueError."""
+    """Reads a time. A time without a zone is in the zone of the restaurant. A time that the clocks skip is refused; a
+    time that they show twice means the first one. A date alone means the beginning of that business day. Raises
+    ValueError."""
     text = text.strip(" ")
     if (found := _DOTTED.fullmatch(text)) is not None:
         day, month, year, hour, minute, second = (int(part or 0) for part in found.groups())
@@ -73,7 +74,7 @@ def moment(text: str, restaurant: Restaurant | None) -> datetime:
     if at.tzinfo is not None:
         return at
     if restaurant is None:
-        raise ValueError(f"{shown(text)} has no time zone, and the row no restaurant; {EXAMPLE}")
+        raise ValueError(f"{shown(text)} has no time zone, and the row names no restaurant; {EXAMPLE}")
     try:
         return local(at, ZoneInfo(restaurant.time_zone)) if has_time else business_day_begin(at.date(), restaurant)
     except OverflowError:

@@ -20,12 +20,12 @@ class ImportColumn(Struct, frozen=True):
 
 
 _ORDER = (
-    ImportColumn("external_id", "text", "the id of the order in the other system; required, or `convex_id`"),
-    ImportColumn("convex_id", "text", "another name of `external_id`; both must not differ"),
+    ImportColumn("external_id", "text", "the id of the order in the other system; this or `convex_id` is required"),
+    ImportColumn("convex_id", "text", "another name of `external_id`; if a row has both, they must be equal"),
     ImportColumn("restaurant_id", "id", "the restaurant; required without `--restaurant`"),
     ImportColumn("order_number", "text", "the number that people see; without it an open order gets the next number"),
     ImportColumn(
-        "status", "text", "`pending`, `received`, `preparing`, `ready`, `completed` or `cancelled`; else `pending`"
+        "status", "text", "`pending`, `received`, `preparing`, `ready`, `completed` or `cancelled`; default: `pending`"
     ),
     ImportColumn("table_id", "id", "the table"),
     ImportColumn("customer_id", "id", "the customer"),
@@ -34,20 +34,20 @@ _ORDER = (
     ImportColumn("tip_amount", "amount", "the tip"),
     ImportColumn("discount_amount", "amount", "the discount, not negative"),
     ImportColumn("deposit_used", "amount", "the part of the total that a deposit has paid"),
-    ImportColumn("tax_amount", "amount", "the tax; else computed from the rate of the restaurant"),
-    ImportColumn("total", "amount", "the total; else computed"),
+    ImportColumn("tax_amount", "amount", "the tax; default: computed from the rate of the restaurant"),
+    ImportColumn("total", "amount", "the total; default: computed"),
     ImportColumn("payment_method", "text", "such as `cash`"),
     ImportColumn("payments", "JSON", 'a list such as `[{"id": "p1", "amount": 1240, "method": "card"}]`'),
     ImportColumn("notes", "text", "notes"),
     ImportColumn("special_instructions", "text", "instructions for the kitchen"),
-    ImportColumn("created_at", "time", "when the order was placed; else the time of the import"),
-    ImportColumn("updated_at", "time", "when it was last changed; of two updates the later one wins"),
+    ImportColumn("created_at", "time", "the time at which the order was placed; default: the time of the import"),
+    ImportColumn("updated_at", "time", "the time of the last change; the later of two updates wins"),
     ImportColumn("items", "JSON", 'a list such as `[{"name": "Soup", "quantity": 2, "unit_price": 620}]`'),
 )
 _ITEM = (
     ImportColumn("item_name", "text", "the dish; required without `items`"),
-    ImportColumn("item_quantity", "number", "how many; required without `items`"),
-    ImportColumn("item_unit_price", "amount", "the price of one; required without `items`"),
+    ImportColumn("item_quantity", "number", "the number of pieces; required without `items`"),
+    ImportColumn("item_unit_price", "amount", "the price of one piece; required without `items`"),
 )
 COLUMNS = _ORDER + _ITEM
 NAMES = tuple(column.name for column in COLUMNS)
@@ -57,14 +57,14 @@ ITEM_FIELDS = {column.name: column.name.removeprefix("item_") for column in _ITE
 
 
 def heading_fault(heading: Sequence[str], *, restaurant_told: bool) -> str | None:
-    """Returns one sentence that says what is wrong with the names of the columns, or None. Columns without a name are
-    not read. `restaurant_told`: rows need no restaurant_id."""
+    """Returns one sentence about the fault in the names of the columns, or None. Columns without a name are not read.
+    `restaurant_told`: whether the command names the restaurant, so that rows need no restaurant_id."""
     names = [name for name in heading if name]
     for name, times in Counter(names).items():
         if name not in NAMES:
             return f"unknown column {shown(name)}; the nearest known one is {nearest(name)}"
         if times > 1:
-            return f"the column {name} stands {times} times; its columns are {_places(heading, name)}"
+            return f"the column {name} occurs {times} times, in columns {_places(heading, name)}"
     if "items" in names and (item := next((name for name in names if name in ITEM_FIELDS), None)):
         return f"the columns items and {item} exclude each other"
     if not {"external_id", "convex_id"} & set(names):

@@ -37,7 +37,7 @@ _VARIABLE = re.compile(r"'[^']*'|[0-9][0-9,]*")
 
 
 class SeparatorOption(click.ParamType[str]):
-    """comma, semicolon, tab, or the character itself."""
+    """The separator of columns: comma, semicolon, tab, or the character itself."""
 
     name = "separator"
 
@@ -57,15 +57,15 @@ class SeparatorOption(click.ParamType[str]):
 @click.option(
     "--encoding",
     type=click.Choice(ENCODINGS, case_sensitive=False),
-    help="the encoding of the file; else UTF-8, or UTF-16 with a byte order mark",
+    help="the encoding of the file; default: UTF-8, or UTF-16 if it has a byte order mark",
 )
 @click.option("--separator", type=SeparatorOption(), help="between columns: comma, semicolon, tab or the character")
 @click.option(
     "--decimal",
     type=click.Choice(tuple(SIGNS)),
-    help="amounts in the columns of a CSV file are in major units, such as 12.50 or 12,50; else in minor units",
+    help="amounts in the columns of a CSV file are in major units, such as 12.50 or 12,50; default: minor units",
 )
-@click.option("--dry-run", is_flag=True, help="say what would happen to each row, and change nothing")
+@click.option("--dry-run", is_flag=True, help="report the outcome of each row without changing anything")
 @click.option("--refused", type=click.File("wb", lazy=False), help="file for refused rows, one JSON object per line")
 @click.option("--again", is_flag=True, help="start from the first row, even if an earlier run imported it")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, for scripts")
@@ -83,8 +83,8 @@ def import_command(
 ) -> None:
     """Import existing orders from FILE.jsonl, FILE.csv, or a PostgreSQL database. Files may be packed (FILE.csv.gz).
 
-    Every user of a machine can read the arguments of a command. So put the URL postgres://… with its password into a
-    file or a variable of the environment, and name that: @FILE or env:NAME.
+    Every user of a machine can read the arguments of a command. So put a URL postgres://… with a password into a file
+    or an environment variable, and pass @FILE or env:NAME.
 
     The import uses the background lane, so that it does not delay new orders. An interrupted import continues where it
     stopped. The exit code is 1 if rows were refused. docs/import.md describes the columns."""

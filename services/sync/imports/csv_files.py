@@ -1,10 +1,10 @@
 """Reads the orders of a CSV file: one order in each row, or one item in each row.
 
-Guarantee: an order of several rows is whole, or refused whole with its lines, wherever its rows stand in the file. So
-the file is read twice. `survey` finds the separator, checks the heading once, and counts the rows of each order; then
-`groups` yields each order when its last row has been read. The rows of an order repeat the cells of the order or leave
-them empty; if two rows differ, the order is refused. If one run of its rows repeats another run of them, the order is
-refused too, because a file that was put together twice would double it.
+Guarantee: an order of several rows is imported as a whole, or refused as a whole with its lines, wherever its rows are
+in the file. So the file is read twice. `survey` finds the separator, checks the heading once, and counts the rows of
+each order; then `groups` yields each order when its last row has been read. The rows of an order repeat the cells of
+the order or leave them empty; if two rows differ, the order is refused. If a run of its rows repeats an earlier run,
+the order is refused too, because a file that contains the same rows twice would double it.
 """
 
 import csv
@@ -21,7 +21,8 @@ from shared.http.texts import nfc
 
 SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t"}
 _MAX_SCATTERED_ROWS = 100_000
-"""The number of rows of orders whose rows stand apart. They are held until the last row of their order."""
+"""The limit for scattered rows: rows of orders whose rows are not adjacent. They are kept in memory until the last row
+of their order."""
 _MAX_ITEMS = 1_000
 _MAX_HEADING_CHARS = 10_000
 _MAX_LISTED = 10
@@ -34,7 +35,7 @@ class Record(Struct):
 
     line: int
     number: int
-    """Counts the records; from 0."""
+    """The number of the record in the file, from 0."""
     cells: dict[str, str]
     error: str = ""
 
@@ -69,8 +70,8 @@ def survey(
     *,
     max_scattered_rows: int = _MAX_SCATTERED_ROWS,
 ) -> CsvFile:
-    """Reads the whole file. Raises InvalidInput if the separator is not found, if the heading is wrong, and if too many
-    rows stand apart from the other rows of their order."""
+    """Reads the whole file. Raises InvalidInput if the separator is not found, if the heading is wrong, or if too many
+    rows are scattered."""
     line, first, told = _first_line(file, separator)
     found = told or _found_separator(line, first)
     heading = tuple(name.strip() for name in _heading(line, first, found))
@@ -107,14 +108,14 @@ def survey(
         last = key
     if sum(rows_of[key] for key in scattered) > max_scattered_rows:
         raise _refused(
-            f"more than {max_scattered_rows:,} rows stand apart from the other rows of their order, the first one in"
+            f"more than {max_scattered_rows:,} rows are not next to the other rows of their order, the first one in"
             f" line {min(scattered.values())}; sort the file by external_id"
         )
     return CsvFile(file, restaurant, found, line, heading, orders, rows_of, spoiled)
 
 
 def groups(file: CsvFile) -> Iterator[list[Record]]:
-    """Yields the records of each order, in the order of their last records. If the order cannot be imported, the first
+    """Yields the records of each order as soon as its last record is read. If an order cannot be imported, its first
     record has the error."""
     if not file.items_in_rows:
         for record in _records(file):
@@ -143,9 +144,9 @@ def groups(file: CsvFile) -> Iterator[list[Record]]:
 
 
 def _order(record: Record, restaurant: str | None) -> tuple[str, str] | None:
-    """Returns (restaurant, name) of the order, in the form in which they are compared later, or None if the record
-    names no order. Without this form, the rows of one order could count as two orders, and the second would replace
-    the first."""
+    """Returns (restaurant, name) of the order, in the form that later comparisons use, or None if the record names no
+    order. Without this form, the rows of one order could count as two orders, and the second would replace the
+    first."""
     name = (record.cells.get("external_id") or record.cells.get("convex_id") or "").strip()
     if not name:
         return None
@@ -171,7 +172,7 @@ def with_lines(error: str, group: Sequence[Record]) -> str:
 
 
 def _check(group: list[Record], spoiled_line: int) -> None:
-    """Gives the first record the error of the order."""
+    """Stores the error of the order in its first record."""
     first = group[0]
     error = next((f"line {one.line}: {one.error}" if one is not first else one.error for one in group if one.error), "")
     if spoiled_line:
@@ -182,7 +183,7 @@ def _check(group: list[Record], spoiled_line: int) -> None:
 
 
 def _difference(group: Sequence[Record]) -> str:
-    """Says which cell of the order differs in two of its rows."""
+    """Returns an error if two rows differ in a cell of the order, else an empty text."""
     known: dict[str, tuple[str, int]] = {}
     for record in group:
         for column, cell in record.cells.items():
@@ -192,7 +193,7 @@ def _difference(group: Sequence[Record]) -> str:
 
 
 def _repetition(group: Sequence[Record]) -> str:
-    """Says which run of rows repeats an earlier run that stands apart from it."""
+    """Returns an error if a run of adjacent rows repeats an earlier run, else an empty text."""
     runs: list[list[Record]] = []
     for record in group:
         if runs and record.number == runs[-1][-1].number + 1:
@@ -204,8 +205,8 @@ def _repetition(group: Sequence[Record]) -> str:
         line = known.setdefault(repr([record.cells for record in run]), run[0].line)
         if line != run[0].line:
             return (
-                f"the rows from line {run[0].line} on repeat those from line {line} on, as if the file were put"
-                " together twice; put them next to one another if the items were ordered twice"
+                f"the rows from line {run[0].line} on repeat those from line {line} on, as if the file had the"
+                " same rows twice; if the items were ordered twice, put the rows next to one another"
             )
     return ""
 
@@ -214,8 +215,8 @@ def _repetition(group: Sequence[Record]) -> str:
 
 
 def _first_line(file: TextFile, separator: str | None) -> tuple[int, str, str | None]:
-    """Returns (number, text) of the line with the heading, and the separator if the option or the file tells it, as
-    spreadsheets do by `sep=;`. Raises InvalidInput."""
+    """Returns (number, text) of the line with the heading, and the separator if the option or a line such as `sep=;` of
+    a spreadsheet names it. Raises InvalidInput."""
     for number, line in enumerate(file.lines(), start=1):
         if told := _SPREADSHEET_SEPARATOR.fullmatch(line):
             separator = separator or told[1]
@@ -223,11 +224,12 @@ def _first_line(file: TextFile, separator: str | None) -> tuple[int, str, str | 
             raise _refused(f"line {number}: the heading has more than {_MAX_HEADING_CHARS:,} characters")
         elif line.strip():
             return number, line, separator
-    raise _refused("the file is empty, without even the names of the columns")
+    raise _refused("the file is empty: it has no names of columns")
 
 
 def _found_separator(number: int, line: str) -> str:
-    """Returns the separator that gives the most known columns. Raises InvalidInput, which names another separator."""
+    """Returns the separator that gives the most known columns. Raises InvalidInput if another character gives more, and
+    names it."""
 
     def known(sign: str) -> int:
         return sum(1 for name in _split(line, sign) if name.strip() in NAMES)

@@ -123,7 +123,7 @@ class ExternalOrderUpserts:
             await asyncio.sleep(0.01 * min(tried, 10) * random.uniform(0.5, 1.5))  # noqa: S311  (jitter)
 
     async def state(self, external: ExternalOrder) -> Order | None:
-        """Returns the order as it stands, or None if it does not exist. Raises Unavailable."""
+        """Returns the current state of the order, or None if it does not exist. Raises Unavailable."""
         restaurant = str(external.restaurant_id)
         known = await self._known(restaurant, order_id(restaurant, external.name), external)
         return None if known is None else known.state
@@ -153,8 +153,8 @@ class ExternalOrderUpserts:
         return None if encoded is None else msgspec.json.decode(encoded, type=Restaurant)
 
     async def _known(self, restaurant: str, id_: str, external: ExternalOrder) -> Standing | None:
-        """Returns what stands of an order, or None if it does not exist. Without a warm mirror the order can only be
-        created: raises Unavailable if it exists, and if no store can answer."""
+        """Returns the standing of an order, or None if it does not exist. Without a warm mirror an order can only be
+        created, so this raises Unavailable if the order exists, and if no store can answer."""
         try:
             return await self._heads.head(_ENTITY, restaurant, id_, external.created_at)
         except Unavailable:

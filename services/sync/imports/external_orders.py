@@ -171,7 +171,7 @@ def new_order(external: ExternalOrder, restaurant: Restaurant, at: datetime) -> 
 
 def updated(before: Order, sent: Order, external: ExternalOrder, restaurant: Restaurant, at: datetime) -> Order | None:
     """Returns the state of the order `before` after the update `external`, or None if the update changes nothing.
-    `sent`: what `new_order` makes of the update. Raises InvalidInput, Conflict."""
+    `sent`: the result of `new_order` for the update. Raises InvalidInput, Conflict."""
     if (before.currency, before.tax_basis_points) != (sent.currency, sent.tax_basis_points):
         # An order keeps its currency and its tax rate, even if those of the restaurant have changed.
         terms = msgspec.structs.replace(restaurant, currency=before.currency, tax_basis_points=before.tax_basis_points)

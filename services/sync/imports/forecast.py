@@ -1,7 +1,7 @@
-"""Says what an import would do, without doing it.
+"""Computes the outcome of an import without changing anything.
 
-An order may have several rows, and each row is compared with what the rows before it would have made. These states are
-kept in a temporary file, because an import may have more orders than the memory holds.
+An order may have several rows, and each row is compared with the state that the rows before it would have produced.
+These states are kept in a temporary file, because an import may have more orders than fit into memory.
 """
 
 import sqlite3
@@ -31,11 +31,12 @@ class ImportForecast:
         self._states.close()
 
     async def look_up(self, orders: Sequence[ExternalOrder]) -> None:
-        """Finds out at once which of the orders do not exist. Raises one of UNAVAILABLE."""
+        """Looks up which of the orders do not exist yet, for the next calls of `outcome`. Raises one of UNAVAILABLE."""
         self._new = await self._upserts.unknown(orders)
 
     async def outcome(self, order: ExternalOrder) -> Literal["created", "updated", "unchanged"]:
-        """Returns the outcome of one row after the rows before it. Raises what `ExternalOrderUpserts.upsert` raises."""
+        """Returns the outcome that one row would have after the rows before it. Raises the errors of
+        `ExternalOrderUpserts.upsert`."""
         restaurant, at = await self._upserts.restaurant(str(order.restaurant_id)), now()
         id_, sent = order_id(restaurant.id, order.name), new_order(order, restaurant, at)
         before = await self._before(id_, order)

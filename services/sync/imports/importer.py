@@ -112,7 +112,8 @@ class Importer:
     async def forecast(
         self, checked: CheckedSource, *, progress: Callable[[ImportReport], None]
     ) -> tuple[ImportReport, list[RefusedRow]]:
-        """Returns what `run` with `again` would return, and changes nothing. Raises what `run` raises."""
+        """Returns the report and the refused rows that `run` with `again` would return, and changes nothing. Raises the
+        errors of `run`."""
         await self._require_restaurant(checked)
         report = ImportReport()
         refused: list[RefusedRow] = []

@@ -60,14 +60,14 @@ class _Order(ExternalOrder, kw_only=True):
 
 
 class SourceOptions(Struct, frozen=True):
-    """What a file does not say itself."""
+    """Properties of a file that its content does not tell."""
 
     encoding: str | None = None
-    """One of text_files.ENCODINGS; None is UTF-8, or UTF-16 if a byte order mark says so."""
+    """One of text_files.ENCODINGS; None means UTF-8, or UTF-16 if the file has a byte order mark of it."""
     separator: str | None = None
-    """The character between the columns of a CSV file; None finds it."""
+    """The character between the columns of a CSV file; None means that `survey` finds it."""
     decimal: cells.Decimal | None = None
-    """None: the amounts of a CSV file are in minor units. Else they are in major units, with this sign."""
+    """None: the amounts of a CSV file are in minor units. Else they are in major units, with this decimal sign."""
 
 
 class ImportSource(Struct, frozen=True):
@@ -90,8 +90,8 @@ class CheckedSource(Struct, frozen=True):
     restaurant: str | None
     """The id for rows without restaurant_id."""
     digest: str
-    """Identifies the rows: the hash of the content of a file and of its options, or of URL and query without the
-    password; and the restaurant."""
+    """Identifies the rows: a hash and the restaurant. The hash covers the content and the options of a file, or the
+    query and the URL without the password."""
     rows: int | None = None
     """The number of rows; None for a query."""
     file: TextFile | None = None
@@ -105,9 +105,9 @@ def _without_password(url: str) -> str:
 
 
 def named_source(argument: str) -> str:
-    """Returns the source that an argument of a command names: itself, the content of a file (`@FILE`), or a variable of
-    the environment (`env:NAME`). Raises InvalidInput, also for a URL with a password, which the list of processes
-    would show."""
+    """Returns the source that a command-line argument names: the argument itself, the content of a file (`@FILE`), or
+    an environment variable (`env:NAME`). Raises InvalidInput, also for a URL with a password, because the list of
+    processes would show it."""
     if argument.startswith("@"):
         try:
             return Path(argument[1:]).read_text().strip()
@@ -119,8 +119,8 @@ def named_source(argument: str) -> str:
         return found
     if argument.startswith(_SCHEMES) and _has_password(argument):
         raise InvalidInput(
-            "the list of processes would show the password: put the URL into a file or a variable of the environment,"
-            " and name it as @FILE or env:NAME",
+            "the list of processes would show the password: put the URL into a file or an environment variable, and"
+            " pass @FILE or env:NAME",
             field="source",
         )
     return argument
@@ -139,7 +139,7 @@ def source_of(name: str, query: str | None, options: SourceOptions = SourceOptio
         return ImportSource(name, "postgres", query or _QUERY)
     suffix = Path(name.lower().removesuffix(".gz")).suffix
     if suffix in _SPREADSHEETS:
-        raise InvalidInput(f"{suffix} files are not read; save the sheet as CSV in UTF-8", field="source")
+        raise InvalidInput(f"{suffix} files are not supported; save the sheet as CSV in UTF-8", field="source")
     if suffix not in _KINDS:
         raise InvalidInput("must be a .jsonl or .csv file, also with .gz, or a postgres:// URL", field="source")
     if query is not None:
@@ -212,8 +212,8 @@ class _CellReader:
             raise ValueError(f"restaurant_id: {cells.shown(id_)} is not an id") from None
 
     async def read(self, told: dict[str, str], items: Sequence[dict[str, str]]) -> dict[str, Any]:
-        """Returns the fields of an order. `told`: the cells of the order, `items`: those of its items, or nothing if
-        the order has a cell for them. Raises ValueError with the name of the field."""
+        """Returns the fields of an order. `told`: the cells of the order. `items`: the cells of its items, or nothing
+        if one cell of the order has all items. Raises ValueError with the name of the field."""
         restaurant = None
         if self._decimal is not None or any(FORMS[column] == "time" for column in told):
             restaurant = await self.restaurant(told.get("restaurant_id"))
@@ -314,8 +314,8 @@ async def _query_row(number: int, value: dict[str, Any], reader: _CellReader) ->
 
 
 def json_value(cell: Any) -> Any:
-    """Converts a `numeric`, which is the type of a sum of integers in PostgreSQL, to int or float. The decoder refuses
-    NaN and infinity, which are returned as text."""
+    """Converts a `numeric`, which is the type of a sum of integers in PostgreSQL, to int or float. NaN and infinity are
+    returned as text, which the decoder refuses."""
     if not isinstance(cell, (Decimal, float)):
         return cell
     if not math.isfinite(cell):

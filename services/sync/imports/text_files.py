@@ -1,8 +1,8 @@
-"""Reads the lines of a text file in an encoding that is told, also of a file that gzip has packed.
+"""Reads the lines of a text file in a given encoding. The file may be packed by gzip.
 
 Guarantee: `survey` reads a file to its end before any row of it is imported. A file that is cut off, damaged, or not
-text of its encoding is refused whole, with the place of the first bad byte. A packed file is unpacked piece by piece,
-up to 4 GiB, and no line may be longer than MAX_LINE_CHARS, so that a small file cannot fill the memory.
+text of its encoding is refused as a whole, with the place of its first bad byte. A packed file is unpacked piece by
+piece, up to 4 GiB, and no line may be longer than MAX_LINE_CHARS, so that a small file cannot fill the memory.
 """
 
 import codecs
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class TextFile(Struct, frozen=True):
-    """A file that is known to be text to its end."""
+    """A file whose content `survey` has read to its end and found to be text."""
 
     name: str
     codec: str
@@ -45,7 +45,7 @@ class TextFile(Struct, frozen=True):
     sha256: str
     """The digest of the unpacked content."""
     stamp: tuple[int, int]
-    """Size and time of the last change, as the survey found them."""
+    """The size and the time of the last change, at the time of the survey."""
 
     def lines(self) -> Iterator[str]:
         """Yields the lines with their ends. Raises InvalidInput if the file can no longer be read, or has changed since
@@ -66,8 +66,8 @@ class TextFile(Struct, frozen=True):
 def survey(
     name: str, told: str | None, *, piece_bytes: int = _PIECE_BYTES, max_bytes: int = _MAX_UNPACKED_BYTES
 ) -> TextFile:
-    """Reads the whole file. `told`: one of ENCODINGS, or None for UTF-8, or UTF-16 if a byte order mark says so.
-    `piece_bytes`: at least 4, so that the first piece holds a whole mark. Raises InvalidInput with the line and the
+    """Reads the whole file. `told`: one of ENCODINGS; None means UTF-8, or UTF-16 if the file has a byte order mark of
+    it. `piece_bytes`: at least 4, so that the first piece holds a whole mark. Raises InvalidInput with the line and the
     byte of the first fault."""
     stamp = _stamp(name)
     with _opened(name) as file:
@@ -82,14 +82,14 @@ def survey(
 
 
 class _Decoding:
-    """Decodes a file piece by piece and knows the place in it."""
+    """Decodes a file piece by piece and counts lines and bytes."""
 
     def __init__(self, codec: str, mark_bytes: int, max_bytes: int) -> None:
         self.digest = hashlib.sha256()
         self._codec, self._mark_bytes, self._max_bytes = codec, mark_bytes, max_bytes
         self._decoder = codecs.getincrementaldecoder(codec)()
-        # CP1252 has a character for nearly every byte. So a file is checked for being UTF-8, whose texts would turn
-        # into other texts without an error.
+        # CP1252 has a character for nearly every byte, so a UTF-8 file would be read as a wrong text without an error.
+        # Therefore a file that is valid UTF-8 is refused.
         self._utf8 = codecs.getincrementaldecoder("utf-8")() if codec == "cp1252" else None
         self._first_beyond_ascii: tuple[int, int] | None = None
         self._bytes, self._lines, self._line_chars = 0, 1, 0
@@ -99,7 +99,7 @@ class _Decoding:
         if self._bytes == 0:
             piece, self._bytes = piece[self._mark_bytes :], self._mark_bytes
         if (at := piece.find(0)) >= 0 and not self._codec.startswith("utf-16"):
-            self._refuse(self._lines + piece.count(b"\n", 0, at), self._bytes + at, 0, "no text has a zero byte")
+            self._refuse(self._lines + piece.count(b"\n", 0, at), self._bytes + at, 0, "a text has no zero byte")
         self._watch_for_utf8(piece)
         self._decode(piece, final=False)
         if self._bytes > self._max_bytes:
@@ -162,12 +162,12 @@ def _codec(head: bytes, told: str | None) -> tuple[str, int]:
     """Returns the codec and the length of the byte order mark. Raises InvalidInput."""
     mark, marked = next(((mark, codec) for mark, codec in _MARKS if head.startswith(mark)), (b"", ""))
     if marked == "utf-32":
-        raise _refused("the file is UTF-32, which is not read; save it as UTF-8")
+        raise _refused("the file is UTF-32, which is not supported; save it as UTF-8")
     if not marked:
         if told == "utf-16":
             raise _refused(
-                "line 1, byte 1 of the text is no byte order mark of UTF-16; name the order of bytes by --encoding"
-                " utf-16-le or utf-16-be, or leave it out for UTF-8"
+                "line 1, byte 1 of the text is no byte order mark of UTF-16; give the byte order with --encoding"
+                " utf-16-le or utf-16-be, or leave the option out for UTF-8"
             )
         return told or "utf-8", 0
     if told not in (None, marked) and not (told == "utf-16" and marked.startswith("utf-16")):
@@ -176,7 +176,8 @@ def _codec(head: bytes, told: str | None) -> tuple[str, int]:
 
 
 def _opened(name: str) -> BinaryIO | gzip.GzipFile:
-    """Opens a file, packed or not. Its content says whether it is packed, and its name must not differ."""
+    """Opens a file, packed or not. Its content decides whether it is packed. Raises InvalidInput if a file whose name
+    ends in .gz is not packed."""
     with Path(name).open("rb") as file:
         packed = file.read(2) == _GZIP
     if packed:

@@ -1,7 +1,6 @@
-"""Who may change what of an order, and when.
+"""The permissions of an order: which roles may do which action, and in which state of the order.
 
-One table says for each action in which condition the order must be and who may do it. `permit` applies it; the commands
-add what depends on lines and payments.
+`RULES` is the table. `permit` applies it; the commands add the checks that depend on lines and payments.
 """
 
 from enum import StrEnum
@@ -15,22 +14,22 @@ from shared.entities.order.state import ClosedAs, Order
 
 class CallerRole(StrEnum):
     GUEST = "guest"
-    """With an order of its own; the caller checks that it is."""
+    """A guest may change only its own order; the caller checks that."""
     KITCHEN = "kitchen"
     STAFF = "staff"
     MANAGER = "manager"
-    """Also an admin."""
+    """A manager or an admin."""
 
 
 class Act(Struct, frozen=True, kw_only=True):
-    """Somebody changes an order: who, when, and which version the change becomes."""
+    """The circumstances of one command: its time, its caller, and the version that the change gets."""
 
     version: Version
     at: Time
     by: Label | None = None
     role: CallerRole = CallerRole.STAFF
     manager_approval: bool = False
-    """The restaurant's setting: whether staff may not do what the table keeps for managers."""
+    """The restaurant's setting: whether only managers may do the actions whose rule has `approval`."""
 
 
 class Action(StrEnum):
@@ -62,8 +61,9 @@ _ALWAYS = frozenset({None, *ClosedAs})
 
 
 class Rule(Struct, frozen=True):
-    """`roles`: beside the manager, who may do everything. `approval`: a manager's, if the setting says so.
-    `guest_while_pending`: a guest may do it until the order is accepted."""
+    """`when`: the values of `closed` with which the action is allowed. `roles`: the roles that may do it, apart from
+    the manager, who may do everything. `approval`: whether `Act.manager_approval` reserves it for managers. `reason`:
+    whether it needs a reason. `guest_while_pending`: whether a guest may do it until the order is accepted."""
 
     when: frozenset[ClosedAs | None]
     roles: frozenset[CallerRole]
@@ -106,21 +106,21 @@ _ON_DELETED = frozenset({Action.REFUND, Action.RESTORE})
 
 
 def permit(order: Order, act: Act, action: Action, *, reason: str | None = None) -> None:
-    """Checks the table. Raises Refused: absent `order_deleted`, conflict `order_closed`, forbidden `forbidden` or
-    `manager_needed`, invalid `reason_needed`."""
+    """Checks an action against `RULES`. Raises Refused: absent `order_deleted`, conflict `order_closed`, forbidden
+    `forbidden` or `manager_needed`, invalid `reason_needed`."""
     rule = RULES[action]
     if order.deleted is not None and action not in _ON_DELETED:
         raise absent("order_deleted", "the order is deleted")
     closed = order.closed.as_ if order.closed is not None else None
     if closed not in rule.when:
         if closed is None:
-            raise conflict("order_open", f"an order that is open cannot be changed by {action}", status=order.status)
+            raise conflict("order_open", f"{action} is not allowed while the order is open", status=order.status)
         raise conflict("order_closed", f"the order is {closed}", status=closed)
     if act.role is not CallerRole.MANAGER:
         pending_guest = rule.guest_while_pending and act.role is CallerRole.GUEST and order.accepted is None
         if act.role not in rule.roles and not pending_guest:
-            raise forbidden("forbidden", f"a caller who is {act.role} may not do this")
+            raise forbidden("forbidden", f"the role {act.role} may not do this")
         if rule.approval and act.manager_approval:
-            raise forbidden("manager_needed", "a manager has to do this")
+            raise forbidden("manager_needed", "only a manager may do this")
     if rule.reason and not reason:
-        raise invalid("reason_needed", "say why", field="reason")
+        raise invalid("reason_needed", "a reason is required", field="reason")

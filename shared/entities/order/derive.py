@@ -1,6 +1,6 @@
-"""Computes everything about an order that is not set: amounts, status, balance, stock. One pure function.
+"""Computes the derived values of an order: amounts, status, balance, stock. Pure.
 
-`derive(derive(order)) == derive(order)`, and no order of lines or payments in the state changes its result.
+`derive(derive(order)) == derive(order)`, and the result does not depend on the sequence of lines and payments.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ _NOTHING_PERSONAL = dict.fromkeys(PERSONAL)
 
 
 def derive(order: Order) -> Order:
-    """Returns the order with all derived fields. Lines are sorted by (seq, id), payments by (time, id)."""
+    """Returns the order with all derived values. Lines are sorted by (seq, id), payments by (time, id)."""
     lines = sorted(order.items, key=_line_place)
     payments = sorted(order.payments, key=_payment_place)
     tip = order.tip + sum([payment.tip for payment in payments])
@@ -117,7 +117,8 @@ class _Money(Struct, frozen=True):
 
 
 def _money(order: Order, total: int, payments: Sequence[Payment]) -> _Money:
-    """A credit cannot make the order cost less than nothing: if its total falls later, the guest had that already."""
+    """Returns the amount due, the balance and the payment status. The amount due is never negative: if the total falls
+    after a credit, the guest already has that money."""
     paid = sum([payment.amount for payment in payments])
     credit = sum([payment.credit for payment in payments])
     void = order.deleted is not None or (order.closed is not None and order.closed.as_ is ClosedAs.CANCELLED)
@@ -137,14 +138,16 @@ def _money(order: Order, total: int, payments: Sequence[Payment]) -> _Money:
 
 
 def _basis_points(order: Order, taxes: Sequence[RateTax]) -> int | None:
-    """Returns the rate as the original systems know it: one for the whole order."""
+    """Returns the tax rate of the whole order for the original systems. None if the order has several rates, or if the
+    rate is no whole number of basis points."""
     rates = {tax.rate_ppm for tax in taxes} or {order.terms.tax.rate(None, order.type)}
     rate = rates.pop()
     return rate // 100 if not rates and rate % 100 == 0 and rate <= 1_000_000 else None
 
 
 def _holds(order: Order, lines: Sequence[Line]) -> tuple[StockHold, ...]:
-    """Returns the stock that the order takes. A cancelled order keeps what was made; a deleted one takes nothing."""
+    """Returns the stock that the order holds. A cancelled order keeps the stock of started lines and wasted pieces; a
+    deleted order holds nothing."""
     if order.deleted is not None:
         return ()
     cancelled = order.closed is not None and order.closed.as_ is ClosedAs.CANCELLED
@@ -168,8 +171,8 @@ def _holds(order: Order, lines: Sequence[Line]) -> tuple[StockHold, ...]:
 
 
 def _told(order: Order, amounts: Priced, tip: int, payment_tips: int) -> tuple[Priced, bool]:
-    """Returns the amounts with those that another system told us, and whether they add up. A told tax is spread over
-    the lines as ours would be."""
+    """Returns the amounts with the told amounts in their place, and whether they add up. A told tax is apportioned to
+    the lines in proportion to our own taxes."""
     told = order.told
     assert told is not None
     changes: dict[str, object] = {

@@ -1,8 +1,8 @@
-"""What the kitchen does with each line: hold, fire, start, ready, serve, and recall.
+"""The commands of the kitchen on lines: hold, fire, start, ready, serve, and recall.
 
-A line only moves forward, and doing something twice changes nothing. So two terminals that were offline agree without a
-clock: of two states the later one stands, and a stale terminal never undoes `ready`. Only a recall moves back; it is
-written with the version of the order, and what was done before that version cannot overrule it.
+A line only moves forward, and a repeated step changes nothing. So two terminals that were offline agree without a
+clock: the later of two states wins, and a stale terminal never undoes `ready`. Only a recall moves a line back. A
+recall is written with the version of the order, and no step before that version can overrule it.
 """
 
 from collections.abc import Iterable
@@ -26,8 +26,9 @@ def accept(order: Order, act: Act) -> Order:
 
 
 def fire_due(order: Order, act: Act) -> Order:
-    """Fires the new lines whose turn it is, if the order is accepted. A scheduled order waits until `fire_at`. Whoever
-    commits a merge calls this once more, because a line may have been added beside the acceptance."""
+    """Fires the new lines up to the current course, if the order is accepted. A scheduled order waits until `fire_at`.
+    The code that commits a merge calls `fire_due` again, because one side may have added a line while the other side
+    accepted the order."""
     at = fire_at(order)
     if order.accepted is None or order.closed is not None or (at is not None and act.at < at):
         return order
@@ -41,7 +42,8 @@ def fire_due(order: Order, act: Act) -> Order:
 
 
 def fire_at(order: Order) -> datetime | None:
-    """Returns when a scheduled order goes to the kitchen: early enough for its slowest dish."""
+    """Returns the time at which a scheduled order goes to the kitchen, early enough for its slowest dish. None if the
+    order is not scheduled."""
     if order.scheduled_for is None:
         return None
     longest = max((line.prep_minutes for line in order.items if line.quantity), default=0)
@@ -58,9 +60,9 @@ def cook(
     course: int | None = None,
     recall: bool = False,
 ) -> Order:
-    """Moves lines to a state: those named, else all of a station or a course, else all. Lines that are further already
-    stay, unless this is a recall, which moves only those back. Voided lines stay. Raises Refused: `order_pending`,
-    `line_fired` for a fired line that should be held back, `unknown_item`, and what `permit` raises."""
+    """Moves lines to a state: the lines in `items`, or else all lines of the given station and course. Lines that are
+    already further do not move, except in a recall, which moves only these. Voided lines do not move. Raises Refused:
+    `order_pending`, `line_fired` if a fired line is to be held back, `unknown_item`, and the codes of `permit`."""
     permit(order, act, Action.COOK)
     if state is KitchenState.NEW:
         raise invalid("invalid_input", "a line cannot become new", field="state")
@@ -107,7 +109,7 @@ def _reached(times: Times | None, state: KitchenState, at: datetime) -> Times | 
 
 
 def _current_course(lines: Iterable[Line]) -> int:
-    """Returns the course that the kitchen is at: the latest one that was fired, else the first one that is new."""
+    """Returns the current course: the latest one with a fired line, or else the first one with a new line."""
     fired = [line.course for line in lines if is_fired(line) and line.course]
     new = [line.course for line in lines if line.kitchen.state is KitchenState.NEW and line.quantity and line.course]
     return max(fired) if fired else min(new, default=0)

@@ -1,5 +1,5 @@
-"""The commands that end an order or bring it back: complete, cancel, reopen, delete, restore, erase; and the status as
-the original systems set it."""
+"""The commands that close an order or bring it back: complete, cancel, reopen, delete, restore, erase. `set_status` is
+for the original systems, which set the status of a whole order."""
 
 from datetime import datetime
 
@@ -14,7 +14,8 @@ from shared.entities.order.writing import is_fired, written
 
 
 def complete(order: Order, act: Act, reason: str | None = None) -> Order:
-    """Raises Refused: `manager_needed` for an order that is not paid, and what else `permit` raises."""
+    """Completes an order. Raises Refused: `manager_needed` if the order is not paid, and the other codes of
+    `permit`."""
     if order.closed is not None and order.closed.as_ is ClosedAs.COMPLETED and order.deleted is None:
         return order
     permit(order, act, Action.COMPLETE_UNPAID if order.balance > 0 else Action.COMPLETE)
@@ -22,8 +23,8 @@ def complete(order: Order, act: Act, reason: str | None = None) -> Order:
 
 
 def cancel(order: Order, act: Act, reason: str | None = None) -> Order:
-    """Raises Refused: `manager_needed` for an order that the kitchen has or that has payments, and what else `permit`
-    raises."""
+    """Cancels an order. Raises Refused: `manager_needed` if it has fired lines or payments, and the other codes of
+    `permit`."""
     if order.closed is not None and order.closed.as_ is ClosedAs.CANCELLED and order.deleted is None:
         return order
     paid = sum(payment.amount for payment in order.payments)
@@ -44,21 +45,21 @@ def reopen(order: Order, act: Act) -> Order:
 
 
 def delete(order: Order, act: Act, reason: str | None = None) -> Order:
-    """Deletes an order that never became anything. Raises Refused: `order_has_payments`, `line_fired`, and what
-    `permit` raises."""
+    """Deletes an order without payments and without fired lines. Raises Refused: `order_has_payments`, `line_fired`,
+    and the codes of `permit`."""
     permit(order, act, Action.DELETE)
     if order.payments:
         raise conflict(
             "order_has_payments", "an order with payments cannot be deleted; cancel it", balance=order.balance
         )
     if any(is_fired(line) for line in order.items):
-        raise conflict("line_fired", "an order that the kitchen has cannot be deleted; cancel it")
+        raise conflict("line_fired", "an order with fired items cannot be deleted; cancel it")
     return written(order, act, deleted=Mark(at=act.at, by=act.by, reason=reason))
 
 
 def restore(order: Order, act: Act) -> Order:
-    """Brings a deleted order back. Its stock is held again from now on, because it may have been counted meanwhile.
-    Raises Refused: `not_deleted`, and what `permit` raises."""
+    """Brings a deleted order back. It holds its stock from now on and not from its creation, because somebody may have
+    counted the stock in between. Raises Refused: `not_deleted`, and the codes of `permit`."""
     permit(order, act, Action.RESTORE)
     if order.deleted is None:
         raise conflict("not_deleted", "the order is not deleted")
@@ -66,7 +67,7 @@ def restore(order: Order, act: Act) -> Order:
 
 
 def erase(order: Order, at: datetime) -> Order:
-    """Empties what belongs to a person. It cannot be undone: a merge keeps the earliest erasure."""
+    """Empties the personal fields of an order. An erasure cannot be undone: a merge keeps the earliest one."""
     if order.erased_at is not None:
         return order
     return derive(msgspec.structs.replace(order, erased_at=at, updated_at=max(at, order.updated_at)))
@@ -88,8 +89,8 @@ def allowed_next(status: OrderStatus) -> tuple[OrderStatus, ...]:
 
 
 def set_status(order: Order, act: Act, status: OrderStatus) -> Order:
-    """Sets the status of a whole order, step by step: it accepts the order, moves all its lines, or closes it. Raises
-    Refused: `illegal_status` with the allowed ones, and what these commands raise."""
+    """Sets the status of a whole order: accepts it, moves all its lines, or closes it. Raises Refused: `illegal_status`
+    with the allowed statuses, and the codes of these commands."""
     if status is order.status:
         return order
     allowed = allowed_next(order.status)

@@ -1,4 +1,4 @@
-"""The commands on lines: add, edit, void, discount, comp; and what the original systems' `PUT items` becomes."""
+"""The commands on lines: add, edit, void, discount, comp; and `PUT items` of the original systems."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -33,7 +33,7 @@ from shared.entities.order.writing import (
 )
 
 _PLACES = 1_000
-"""Lines that one version adds."""
+"""The number of lines that one version can add."""
 
 
 class NewLine(Struct, frozen=True, kw_only=True):
@@ -56,7 +56,8 @@ class NewLine(Struct, frozen=True, kw_only=True):
 
 
 class NewVoid(Struct, frozen=True, kw_only=True):
-    """`quantity`: None means the whole line. `wasted`: None means if the kitchen has started the line."""
+    """`quantity`: None voids the whole line. `wasted`: None means that the line is wasted if the kitchen has started
+    it."""
 
     id: str
     line: str
@@ -68,8 +69,8 @@ class NewVoid(Struct, frozen=True, kw_only=True):
 def new_lines(
     new: Sequence[NewLine], act: Act, by: str | None = None, since: datetime | None = None
 ) -> tuple[Line, ...]:
-    """Returns the lines as they are added. `by`: who adds them, if not who placed the order. `since`: the time from
-    which they hold their stock, if not the time of the act."""
+    """Returns new lines of an order. `by`: the id of the user or session that adds them; None means `placed_by` of the
+    order. `since`: the time from which they hold their stock; None means the time of the act."""
     return tuple(
         Line(
             id=one.id,
@@ -96,8 +97,8 @@ def new_lines(
 
 
 def _hold_time(order: Order, at: datetime) -> datetime | None:
-    """Returns the time from which further lines hold their stock; None means `at`. It differs from those of all lines
-    that the order has, whatever the clock says, so that the claim can tell which holds are new."""
+    """Returns the time from which new lines hold their stock; None means `at`. The time is later than that of each
+    other line, even if the clock goes back, so that the claim recognizes new holds."""
     held = [line.held_at or line.added_at for line in order.items if line.consumes]
     if order.held_from is not None:
         held.append(order.held_from)
@@ -105,8 +106,8 @@ def _hold_time(order: Order, at: datetime) -> datetime | None:
 
 
 def add_lines(order: Order, act: Act, new: Sequence[NewLine]) -> Order:
-    """Adds lines, and fires them if it is their turn. Lines that the order has already are not added twice. Raises
-    Refused: `id_reused`, `too_many_items`, `order_too_large`, and what `permit` raises."""
+    """Adds lines, and fires those that are due. A line whose id the order already has is not added again. Raises
+    Refused: `id_reused`, `too_many_items`, `order_too_large`, and the codes of `permit`."""
     known = {line.id: line for line in order.items}
     added = []
     by = None if act.by == order.placed_by else act.by
@@ -127,7 +128,7 @@ def add_lines(order: Order, act: Act, new: Sequence[NewLine]) -> Order:
 
 
 def _fixed(line: Line) -> tuple[object, ...]:
-    """Returns what a repeated request says again. The time, the author and the version may be others."""
+    """Returns the values that a repeated request must repeat. The time, the author and the version may differ."""
     return line.menu_item_id, line.name, line.ordered, line.unit_price, line.customizations, line.tax_category
 
 
@@ -140,8 +141,7 @@ def edit_line(
     course: int | UnsetType = UNSET,
     seat: int | UnsetType | None = UNSET,
 ) -> Order:
-    """Changes a line that the kitchen does not have yet. Raises Refused: `line_fired`, `unknown_item`, and what
-    `permit` raises."""
+    """Changes a line that is not fired yet. Raises Refused: `line_fired`, `unknown_item`, and the codes of `permit`."""
     permit(order, act, Action.EDIT_LINE)
     line = line_of(order, id_)
     if is_fired(line):
@@ -153,7 +153,7 @@ def edit_line(
 
 def discount_line(order: Order, act: Act, id_: str, discount: Discount | None) -> Order:
     """Sets or removes the discount of a line; `reason` is a part of it. Raises Refused: `discount_above_subtotal`,
-    `unknown_item`, and what `permit` raises."""
+    `unknown_item`, and the codes of `permit`."""
     if discount is None:
         permit(order, act, Action.DISCOUNT, reason="removed")
     else:
@@ -165,18 +165,18 @@ def discount_line(order: Order, act: Act, id_: str, discount: Discount | None) -
 
 
 def comp(order: Order, act: Act, id_: str, reason: str) -> Order:
-    """Gives a line on the house. Raises Refused."""
+    """Discounts a line by 100 %: it is on the house. Raises Refused with the codes of `discount_line`."""
     return discount_line(order, act, id_, Discount(bp=ON_THE_HOUSE, reason=reason, comp=True))
 
 
 def _rewritten(order: Order, act: Act, line: Line, **fields: object) -> Order:
     changed = with_line(order, act, msgspec.structs.replace(line, rev=act.version, **fields))
-    return fire_due(changed, act)  # a line that was moved to the present course goes to the kitchen
+    return fire_due(changed, act)  # a line that was moved to the current course is due
 
 
 def void(order: Order, act: Act, new: NewVoid) -> Order:
     """Takes pieces of a line back. Raises Refused: `id_reused`, `void_above_quantity` with the quantity that is left,
-    `unknown_item`, for a fired line `manager_needed` and `reason_needed`, and what else `permit` raises."""
+    `unknown_item`, `manager_needed` and `reason_needed` for a fired line, and the other codes of `permit`."""
     line = line_of(order, new.line)
     made = rank(line.kitchen.state) >= rank(KitchenState.STARTED)
     wasted = new.wasted if new.wasted is not None else made
@@ -210,17 +210,18 @@ class Wanted(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """What `PUT items` becomes: more of some dishes, less of others. Everything else keeps its line and its price."""
+    """The changes of a `PUT items`: more of some dishes, less of others. All other items keep their line and their
+    price."""
 
     more: tuple[tuple[int, int], ...]
     """(place in the request, pieces): new lines, priced by the menu."""
     fewer: tuple[tuple[str, int | None], ...]
-    """(line, pieces or None for all of it): voids."""
+    """(line id, pieces; None means the whole line): voids."""
 
 
 def plan_items(order: Order, wanted: Sequence[Wanted]) -> Plan:
-    """Compares the items that a client wants with those of the order. Equal dish, options and instructions are the
-    same item. Raises Refused: `items_are_fixed` once a line is fired."""
+    """Compares the items that a client wants with those of the order. Items with the same dish, options and
+    instructions are the same item. Raises Refused: `items_are_fixed` once a line is fired."""
     if any(is_fired(line) for line in order.items):
         raise conflict("items_are_fixed", f"the items of an order that is {order.status} cannot change", field="items")
     places: dict[Wanted, int] = {}
@@ -248,8 +249,8 @@ def plan_items(order: Order, wanted: Sequence[Wanted]) -> Plan:
 
 
 def put_items(order: Order, act: Act, plan: Plan, more: Sequence[NewLine]) -> Order:
-    """Carries out a plan; `more` has its new lines. A void has an id that follows from its line and the version, so
-    that a repeat makes the same one. Raises what `add_lines` and `void` raise."""
+    """Executes a plan. `more`: the new lines for `plan.more`. The id of a void follows from its line and the version,
+    so that a repeated request makes the same void. Raises the errors of `add_lines` and `void`."""
     changed = order
     for line, quantity in plan.fewer:
         id_ = str(uuid5(UUID(line), f"void/{act.version}"))

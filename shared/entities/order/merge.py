@@ -1,20 +1,21 @@
-"""Merges two states of one order, whatever way they came apart: a fork, a terminal that was offline, an import.
+"""Merges two states of one order, which diverged by a fork, a terminal that was offline, or an import.
 
     merge(a, b) = derive(join(a, b))
 
-`join` is commutative, associative and idempotent, so every store ends with the same order, whatever arrives first and
-however often.
+`join` is commutative, associative and idempotent, so every store ends with the same order, in whichever sequence and
+however often the states arrive.
 
-| part          | which one stands                                                                       |
+| part          | merged value                                                                           |
 |---------------|----------------------------------------------------------------------------------------|
 | register      | the one with the larger (rev, canonical JSON); rev is the version that wrote it         |
-| kitchen       | the later recall; else the one that is further                                         |
-| fact          | all, by id; of two with one id the larger JSON, and a flag                              |
-| first moments | the earliest                                                                           |
+| kitchen       | the state after the later recall; else the state that is further                       |
+| fact          | all, by id; the larger JSON and a flag if two have one id                               |
+| first times   | the earliest                                                                           |
 | clock         | the largest                                                                            |
-| fixed         | both are the same; else the larger JSON, and a flag                                    |
+| fixed         | both are the same; else the larger JSON and a flag                                     |
 
-No time decides who wins. No quantity is edited, so two waiters who each add a beer get two, and a void beats an edit.
+No time decides which side wins. No quantity is edited: two waiters who each add a beer get two beers, and a void beats
+an edit.
 """
 
 from collections.abc import Iterable, Sequence
@@ -56,12 +57,12 @@ Fact = TypeVar("Fact", Void, Payment, Print)
 
 
 def merge(a: Order, b: Order) -> Order:
-    """Returns the order that has what both have. Raises ValueError for two different orders."""
+    """Returns the order that has the changes of both states. Raises ValueError for two different orders."""
     return derive(join(a, b))
 
 
 def join(a: Order, b: Order) -> Order:
-    """Returns the union of two states, for `derive`: its derived fields, and the derived flags, are not right yet."""
+    """Returns the union of two states. Its derived values and derived flags are wrong until `derive` computes them."""
     if (a.id, a.restaurant_id) != (b.id, b.restaurant_id):
         raise ValueError(f"{a.id} and {b.id} are two orders")
     flags = {*a.flags, *b.flags}
@@ -90,8 +91,8 @@ def join(a: Order, b: Order) -> Order:
 
 
 def lifted(side: Order, above: int, version: int) -> Order:
-    """Returns a side that was written on an old base, as if it were written now: its registers that are newer than the
-    version `above` get the rev `version`. What the kitchen did keeps its place, because it only moves forward."""
+    """Returns the state `side`, which was written on an old base, as if it were written now: registers and recalls with
+    a rev above `above` get the rev `version`. The other steps of the kitchen only move forward, so they need no rev."""
 
     def lift(rev: int) -> int:
         return version if rev > above else rev
@@ -106,7 +107,7 @@ def lifted(side: Order, above: int, version: int) -> Order:
 
 
 def _fixed(a: Any, b: Any, names: Iterable[str]) -> tuple[dict[str, Any], bool]:
-    """Returns the values that differ from those of `a`, and whether any differ."""
+    """Returns the values of `b` that replace values of `a`, and whether any values differ."""
     fields, differ = {}, False
     for name in names:
         one, other = getattr(a, name), getattr(b, name)
@@ -130,8 +131,8 @@ def _registers(a: Order, b: Order) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _is_larger(one: Struct, other: Struct, names: Sequence[str]) -> bool:
-    """Returns whether the JSON of a register is larger. What belongs to a person comes last: an erasure empties it, and
-    must not change which of two registers stands."""
+    """Returns whether the JSON of a register is larger. Personal fields are compared last, because an erasure empties
+    them and must not change the winner."""
     places = sorted(names, key=lambda name: name in PERSONAL)
     mine, theirs = [getattr(one, name) for name in places], [getattr(other, name) for name in places]
     return mine != theirs and encode(mine) > encode(theirs)
@@ -170,7 +171,7 @@ def _kitchen(a: Kitchen, b: Kitchen) -> Kitchen:
 
 
 def _facts(a: Sequence[Fact], b: Sequence[Fact]) -> tuple[tuple[Fact, ...], bool]:
-    """Returns all facts, and whether two with one id differ."""
+    """Returns all facts, and whether two facts with one id differ."""
     if a == b:
         return tuple(a), False
     found, differ = {one.id: one for one in a}, False

@@ -18,16 +18,16 @@ from shared.entities.order.writing import check_discount, check_subtotal
 
 
 class NewOrder(Struct, frozen=True, kw_only=True):
-    """What stays as it is from now on."""
+    """The fixed values of a new order."""
 
     id: str
     restaurant_id: str
     business_day: date
-    """Of `scheduled_for`, if that is set."""
+    """The business day of `scheduled_for` if that is set, else of the creation."""
     currency: str
     terms: Terms
     order_number: str = ""
-    """Empty: the claim gives it one."""
+    """If it is empty, the claim gives the order its number."""
     customer_session_id: str | None = None
     external_id: str | None = None
     request_hash: str | None = None
@@ -42,8 +42,9 @@ def place(
     auto_accept: bool = False,
     **fields: Any,
 ) -> Order:
-    """Returns a new order, as version 1. `fields`: some of `registers.EDITABLE`. Whether the caller may give a discount
-    or a deposit is checked before. Raises Refused: `order_too_large`, `discount_above_subtotal`."""
+    """Returns a new order, as version 1. `fields`: values for fields of `registers.EDITABLE`. The service has already
+    checked whether the caller may give a discount or a deposit. Raises Refused: `order_too_large`,
+    `discount_above_subtotal`."""
     if unknown := fields.keys() - EDITABLE:
         raise invalid("invalid_input", "cannot be set", field=min(unknown))
     nothing = dict.fromkeys(("table_id", "notes", "special_instructions", *CONTACT, "payment_method"))

@@ -1,7 +1,7 @@
-"""Payments, refunds and what is left to pay.
+"""Payments and refunds.
 
-A payment is a fact: it is never changed, and the balance is a sum, so no order of arrival changes it. A refund of money
-that nobody owed lowers what the order costs; that part is its `credit`, which is stored when it is made.
+A payment is a fact: it is never changed. The balance is a sum, so it does not depend on the sequence of payments. The
+part of a refund that nobody owed lowers the cost of the order. It is the `credit` of the refund and is stored with it.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ MAX_PAID = 10**12
 
 
 class NewPayment(Struct, frozen=True, kw_only=True):
-    """`amount` is positive and contains `tip`. With cash, `tendered` says what the guest gave."""
+    """`amount` is positive and includes `tip`. `tendered`: the cash that the guest gave."""
 
     id: str
     amount: int
@@ -32,8 +32,8 @@ class NewPayment(Struct, frozen=True, kw_only=True):
 
 
 class NewRefund(Struct, frozen=True, kw_only=True):
-    """`amount` is positive: what goes back. `correction`: the payment was recorded wrongly, and the guest will pay in
-    another way, so that nothing is credited."""
+    """`amount`: the positive amount that goes back. `correction`: whether the payment was recorded wrongly and the
+    guest will pay in another way; such a refund has no credit."""
 
     id: str
     amount: int
@@ -47,8 +47,8 @@ class NewRefund(Struct, frozen=True, kw_only=True):
 
 
 def pay(order: Order, act: Act, new: NewPayment) -> Order:
-    """Records a payment. The same payment again changes nothing. Raises Refused: `id_reused`, `overpaid` with the
-    balance, `too_many_payments`, invalid amounts, and what `permit` raises."""
+    """Records a payment. A repeated payment changes nothing. Raises Refused: `id_reused`, `overpaid` with the balance,
+    `too_many_payments`, codes for invalid amounts, and the codes of `permit`."""
     if new.amount <= 0:
         raise invalid("invalid_input", "must be more than 0", field="amount")
     if not 0 <= new.tip <= new.amount:
@@ -74,8 +74,8 @@ def pay(order: Order, act: Act, new: NewPayment) -> Order:
     if new.amount - new.tip > order.balance:
         raise conflict(
             "overpaid",
-            f"{new.amount - new.tip} is more than the {max(0, order.balance)} that is left to pay; more is a tip, or"
-            " cash with change",
+            f"{new.amount - new.tip} is more than the {max(0, order.balance)} that is left to pay; give the"
+            " rest as a tip, or as cash with change",
             field="amount",
             balance=order.balance,
         )
@@ -83,8 +83,8 @@ def pay(order: Order, act: Act, new: NewPayment) -> Order:
 
 
 def refund(order: Order, act: Act, new: NewRefund) -> Order:
-    """Records a refund of one payment. Raises Refused: `id_reused`, `refund_above_paid` with what was paid,
-    `unknown_payment`, `too_many_payments`, invalid amounts, and what `permit` raises."""
+    """Records a refund of one payment. Raises Refused: `id_reused`, `refund_above_paid` with the amount that was paid,
+    `unknown_payment`, `too_many_payments`, codes for invalid amounts, and the codes of `permit`."""
     if new.amount <= 0:
         raise invalid("invalid_input", "must not be 0", field="amount")
     known = next((one for one in order.payments if one.id == new.id), None)
@@ -96,7 +96,7 @@ def refund(order: Order, act: Act, new: NewRefund) -> Order:
         method=new.method,
         created_at=act.at,
         reference=new.reference,
-        # A repeat without a payment to refund names the one that the first request found.
+        # A repeated request without `refund_of` gets the payment that the first request found.
         refund_of=new.refund_of or (known.refund_of if known is not None else _bearer(order, new)),
         credit=0 if none_left else max(0, new.amount - owed),
         reason=new.reason,
@@ -125,7 +125,7 @@ def refund(order: Order, act: Act, new: NewRefund) -> Order:
 
 
 def refundable(payments: Sequence[Payment]) -> dict[str, int]:
-    """Returns payment id -> what is left of it after its refunds."""
+    """Returns payment id -> the amount that is left of the payment after its refunds."""
     left = {one.id: one.amount for one in payments if one.amount > 0}
     for one in payments:
         if one.refund_of in left:
@@ -134,7 +134,7 @@ def refundable(payments: Sequence[Payment]) -> dict[str, int]:
 
 
 def _bearer(order: Order, new: NewRefund) -> str | None:
-    """Returns the newest payment of the method that has this amount left."""
+    """Returns the id of the newest payment that has the method of the refund and enough left for its amount."""
     left = refundable(order.payments)
     for one in reversed(order.payments):
         if one.method == new.method and left.get(one.id, 0) >= new.amount:
@@ -144,7 +144,7 @@ def _bearer(order: Order, new: NewRefund) -> str | None:
 
 def _known(order: Order, payment: Payment) -> bool:
     """Returns whether the order has this payment. Its time, its author and its credit may differ, because a repeat
-    comes later. Raises Refused if the same id has another content."""
+    comes later. Raises Refused if this id has other content."""
     known = next((one for one in order.payments if one.id == payment.id), None)
     if known is None:
         return False

@@ -1,6 +1,6 @@
-"""The law of prices: what lines, discounts, service charge, taxes and tips amount to (docs/orders.md).
+"""The rules of prices: amounts of lines, discounts, service charge, taxes and tips (docs/orders.md).
 
-Each amount is rounded once, half up, and spread over the lines without loss. All amounts are in minor units.
+Each amount is rounded once, half up, and apportioned to the lines without loss. All amounts are in minor units.
 """
 
 import hashlib
@@ -22,8 +22,9 @@ def half_up(numerator: int, denominator: int) -> int:
 
 
 def apportion(amount: int, weights: Sequence[int]) -> list[int]:
-    """Returns shares of an amount by weight, which sum to it: each exact share without its fraction, then one unit
-    more for the largest fractions, the earlier one first if they are equal. Without any weight all weigh the same."""
+    """Divides an amount by weight into shares that sum to it. Each share is first rounded down. The units that are left
+    go to the largest fractions, and to the earlier one of two equal fractions. If all weights are 0, they count as
+    equal."""
     total = sum(weights)
     if not total:
         if not weights:
@@ -51,7 +52,7 @@ def quantity(line: Line) -> int:
 
 
 def wasted(line: Line, active: int) -> int:
-    """Returns the number of voided pieces that were made. `active`: the line's quantity."""
+    """Returns the number of wasted pieces: voided after the kitchen started them. `active`: the line's quantity."""
     made = sum(void.quantity or 0 for void in line.voids if void.wasted)
     if any(void.wasted and void.quantity is None for void in line.voids):
         returned = sum(void.quantity or 0 for void in line.voids if not void.wasted)
@@ -69,7 +70,7 @@ def discounted(discount: Discount | None, price: int) -> int:
 
 
 def basis(order: Order) -> str:
-    """Returns a digest of all that the price is made from, except the tips of payments."""
+    """Returns a digest of all parts of the price, except the tips of payments."""
     lines = [
         (line.id, quantity(line), line.unit_price, line.tax_category, line.discount)
         for line in sorted(order.items, key=lambda line: line.id)
@@ -96,7 +97,8 @@ class Priced(Struct, frozen=True):
 
 
 def priced(order: Order, lines: Sequence[Line], tip: int) -> Priced:
-    """Returns the amounts of an order with these lines, sorted by (seq, id). `tip`: with the tips of the payments."""
+    """Returns the amounts of an order with these lines, which are sorted by (seq, id). `tip`: all tips, including those
+    of the payments."""
     tax = order.terms.tax
     quantities = [quantity(line) for line in lines]
     totals = [line.unit_price * number for line, number in zip(lines, quantities, strict=True)]
@@ -109,7 +111,7 @@ def priced(order: Order, lines: Sequence[Line], tip: int) -> Priced:
     service = _service(order, charge, sum(paid))
     treatment = (charge.tax if charge is not None else None) or AS_LINES
     service_shares = apportion(service, paid) if service and treatment == AS_LINES else [0] * len(paid)
-    # The tax of the full price would exceed an inclusive price, so only exclusive taxes know it.
+    # An inclusive tax of the full price could exceed the price that is paid, so only exclusive taxes use it.
     full = tax.mode is TaxMode.EXCLUSIVE and tax.discounts is TaxedDiscounts.FULL_PRICE
     bases = [price + share for price, share in zip(before if full else paid, service_shares, strict=True)]
     rates = [tax.rate(line.tax_category, order.type) for line in lines]
@@ -155,7 +157,8 @@ def _tax(tax: Tax, base: int, rate: int) -> int:
 
 
 def _taxes(tax: Tax, bases: list[int], rates: list[int]) -> list[int]:
-    """Returns the tax of each base. Rounded per order, the bases of one rate share what their sum has to bear."""
+    """Returns the tax of each base. With rounding per order, the tax of a rate is computed from the sum of its bases
+    and apportioned to them."""
     if tax.rounding is Rounding.LINE:
         return [_tax(tax, base, rate) for base, rate in zip(bases, rates, strict=True)]
     found = [0] * len(bases)

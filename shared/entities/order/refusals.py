@@ -1,4 +1,4 @@
-"""Why a command on an order is refused. This package knows no HTTP: the caller maps `kind` to its status."""
+"""Refusals of commands on orders. This package does not know HTTP: the caller maps `kind` to a status."""
 
 from enum import StrEnum
 from typing import Any
@@ -8,16 +8,16 @@ class Kind(StrEnum):
     INVALID = "invalid"
     """The request breaks a rule by itself (422)."""
     FORBIDDEN = "forbidden"
-    """Somebody else may do it (403)."""
+    """The caller may not do it, but another role may (403)."""
     ABSENT = "absent"
-    """There is no such thing (404)."""
+    """The order or its part does not exist (404)."""
     CONFLICT = "conflict"
     """The state of the order forbids it (409)."""
 
 
 class Refused(Exception):
-    """A command that a rule forbids. `code` is stable; `details` has what the caller needs to do better, such as the
-    balance; `field` names the field of the request."""
+    """A rule forbids the command. `code` is stable. `details` has values that help to correct the request, such as the
+    balance. `field` names the field of the request."""
 
     def __init__(self, kind: Kind, code: str, message: str, *, field: str | None = None, **details: Any) -> None:
         super().__init__(message)

@@ -17,8 +17,8 @@ EDITABLE = frozenset(
 
 
 def edit_order(order: Order, act: Act, **fields: Any) -> Order:
-    """Sets some of the fields in EDITABLE. Raises Refused: `order_has_payments` for another type of a paid order, and
-    what `permit` raises."""
+    """Sets some of the fields in EDITABLE. Raises Refused: `order_has_payments` if the type of a paid order would
+    change, and the codes of `permit`."""
     if unknown := fields.keys() - EDITABLE:
         raise invalid("invalid_input", "cannot be set", field=min(unknown))
     permit(order, act, Action.EDIT_ORDER)
@@ -30,7 +30,7 @@ def edit_order(order: Order, act: Act, **fields: Any) -> Order:
 
 def discount_order(order: Order, act: Act, discount: Discount | None) -> Order:
     """Sets or removes the discount of the whole order; `reason` is a part of it. Raises Refused:
-    `discount_above_subtotal`, and what `permit` raises."""
+    `discount_above_subtotal`, and the codes of `permit`."""
     permit(order, act, Action.DISCOUNT, reason="removed" if discount is None else discount.reason)
     if discount is not None:
         ours = written(order, act, discount=None)
@@ -39,7 +39,8 @@ def discount_order(order: Order, act: Act, discount: Discount | None) -> Order:
 
 
 def set_service(order: Order, act: Act, service: ServiceRate | None) -> Order:
-    """Replaces the service charge of the terms: 0 basis points waive it, None brings it back. Raises Refused."""
+    """Replaces the service charge of the terms: 0 basis points waive it, None restores it. Raises Refused with the
+    codes of `permit`."""
     permit(order, act, Action.SERVICE, reason="removed" if service is None else service.reason)
     return written(order, act, service=service)
 
@@ -53,7 +54,7 @@ def tell(
     tax_amount: int | None = None,
     total: int | None = None,
 ) -> Order:
-    """Notes what another system says that the order costs. Its amounts stand until the price changes here; the flag
-    `amounts_do_not_add_up` says if they contradict each other."""
+    """Stores the amounts that another system computed. They count until a part of the price changes here. The order
+    gets the flag `amounts_do_not_add_up` if they contradict each other."""
     told = Told(basis(order), subtotal, discount_amount, tax_amount, total)
     return written(order, act, told=told)

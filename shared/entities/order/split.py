@@ -1,4 +1,5 @@
-"""Splits what is left to pay into shares that sum to it. Nothing is stored: each share is paid as any payment."""
+"""Splits the balance of an order into shares that sum to it. Nothing is stored; each share is paid like any other
+payment."""
 
 from collections.abc import Sequence
 
@@ -11,28 +12,30 @@ MAX_SHARES = 1_000
 
 
 def split_evenly(order: Order, shares: int) -> list[int]:
-    """Raises Refused: `nothing_due`."""
+    """Returns equal shares, which differ by at most one unit. Raises Refused: `nothing_due`."""
     if not 1 <= shares <= MAX_SHARES:
         raise invalid("invalid_input", f"must be from 1 to {MAX_SHARES}", field="even")
     return apportion(_balance(order), [1] * shares)
 
 
 def split_by_amounts(order: Order, amounts: Sequence[int]) -> list[int]:
-    """Returns these amounts, and as a last share what they leave. Raises Refused: `overpaid`, `nothing_due`."""
+    """Returns these amounts, and the rest of the balance as the last share. Raises Refused: `overpaid`,
+    `nothing_due`."""
     balance = _balance(order)
     if not 1 <= len(amounts) <= MAX_SHARES or any(amount < 1 for amount in amounts):
         raise invalid("invalid_input", f"give 1 to {MAX_SHARES} amounts above 0", field="amounts")
     if (left := balance - sum(amounts)) < 0:
         raise conflict(
-            "overpaid", f"{sum(amounts)} is more than the {balance} that is left", field="amounts", balance=balance
+            "overpaid", f"{sum(amounts)} is more than the {balance} left to pay", field="amounts", balance=balance
         )
     return [*amounts, left] if left else list(amounts)
 
 
 def split_by_lines(order: Order, groups: Sequence[Sequence[str]]) -> list[int]:
-    """Returns a share for each group of lines, by what its lines cost. Every line that costs something is in one group.
-    Tips, deposits, earlier payments and a service charge of its own tax category are spread by the same weights. Raises
-    Refused: `items_not_split`, `item_split_twice`, `unknown_item`, `nothing_due`."""
+    """Returns a share for each group of lines, weighted by the cost of its lines. Every line that costs something must
+    be in exactly one group. Tips, deposits, earlier payments and a service charge with its own tax category are
+    apportioned by the same weights. Raises Refused: `items_not_split`, `item_split_twice`, `unknown_item`,
+    `nothing_due`."""
     balance = _balance(order)
     if not 1 <= len(groups) <= MAX_SHARES:
         raise invalid("invalid_input", f"give 1 to {MAX_SHARES} groups", field="groups")

@@ -5,11 +5,11 @@
     facts      lines, voids, payments, prints, flags: added, never changed or removed
     derived    everything else, computed by `derive` and stored for readers
 
-So any two states of one order can be merged (merge.py). Money is in minor units of the currency. Texts that belong to a
-person are marked P; `erased_at` empties them.
+So any two states of one order can be merged (merge.py). Money is in minor units of the currency. Personal fields are
+marked P; an erasure empties them.
 
-A field whose value is its default is absent on the wire, except one with `always(...)`. Such a default is None, 0,
-False, an enum, () or {}: msgspec compares by identity, and the same state must always have the same bytes.
+A field whose value is its default is absent on the wire, except a field with `always(...)`. The default of an absent
+field is None, 0, False, an enum, () or {}: msgspec compares it by identity, and equal states must have equal bytes.
 """
 
 from datetime import date
@@ -25,9 +25,9 @@ from shared.entities.order.terms import BasisPoints, Guests, OrderType, Terms
 MAX_LINES = 1_000
 MAX_PAYMENTS = 1_000
 MAX_SUBTOTAL = 10**11
-"""In minor units. Commands refuse more lines, payments and money than these three; a merge keeps everything."""
+"""In minor units. Commands refuse to exceed these three limits; a merge keeps everything."""
 _MERGED = 100_000
-"""What the contract accepts, so that no merge of valid states is refused."""
+"""The number of lines or payments that the contract accepts, so that it refuses no merge of valid states."""
 
 Sum = Annotated[int, Meta(ge=0, lt=2**53, examples=[1960])]
 """A derived amount in minor units. Merged orders may exceed the limits of commands; JSON readers stay exact below
@@ -70,7 +70,7 @@ class ClosedAs(StrEnum):
 
 
 class KitchenState(StrEnum):
-    """How far the kitchen is with a line, in this order."""
+    """The progress of a line in the kitchen, in this sequence."""
 
     NEW = "new"
     """Not sent to the kitchen yet. It is sent when the order is accepted, or when its course comes."""
@@ -103,7 +103,7 @@ class ServiceRate(Struct, frozen=True):
 
 
 class Mark(Struct, frozen=True, omit_defaults=True):
-    """When, by whom and why an order was accepted or deleted."""
+    """The time, the author and the reason of an acceptance or a deletion."""
 
     at: Time
     by: Label | None = None
@@ -114,17 +114,18 @@ class Closed(Struct, frozen=True, omit_defaults=True):
     as_: ClosedAs = field(name="as")
     at: Time
     lines: Annotated[int, Meta(ge=0, le=_MERGED)]
-    """The number of lines at that moment. If the order has more, some came from somebody who did not know yet."""
+    """The number of lines at that moment. If the order has more, somebody added lines without knowing that it was
+    closed."""
     by: Label | None = None
     reason: Label | None = None
 
 
 class Told(Struct, frozen=True, omit_defaults=True):
-    """Amounts that another system told us. They count until a line, a discount or another part of the price changes
-    here. `total` is without the tips of our payments."""
+    """Told amounts: another system computed them. They count until a line, a discount or another part of the price
+    changes here. `total` excludes the tips of our payments."""
 
     basis: Label
-    """A digest of what the price was made from (`pricing.basis`)."""
+    """A digest of the parts of the price (`pricing.basis`)."""
     subtotal: Money | None = None
     discount_amount: Money | None = None
     tax_amount: Money | None = None
@@ -142,7 +143,7 @@ class Void(Struct, frozen=True, omit_defaults=True):
     """None means the whole line."""
     reason: Label | None = None
     wasted: bool = False
-    """Whether the dish was made, so that its stock stays taken."""
+    """Whether the pieces were already made, so that their stock stays taken."""
 
 
 class Print(Struct, frozen=True):
@@ -168,16 +169,16 @@ class Payment(Struct, frozen=True, kw_only=True, omit_defaults=True):
     change: Money = 0
     refund_of: Id | None = None
     credit: Money = 0
-    """The part of a refund that nobody owed: it lowers what the order costs."""
+    """The part of a refund that nobody owed: it lowers the cost of the order."""
     reason: Label | None = None
     business_day: date | None = None
     by: Label | None = None
     request_key: Id | UnsetType = UNSET
-    """What was derived from the Idempotency-Key of a request that also had an id."""
+    """The id that was derived from the Idempotency-Key of a request, if the request also had an id."""
 
 
 class Times(Struct, frozen=True, omit_defaults=True):
-    """The first moment in which a line was in each state."""
+    """The first time at which a line was in each state."""
 
     fired: Time | None = None
     started: Time | None = None
@@ -186,7 +187,7 @@ class Times(Struct, frozen=True, omit_defaults=True):
 
 
 class Kitchen(Struct, frozen=True, omit_defaults=True):
-    """A register that only moves forward. `rev`: the version of the last recall, which alone moves back."""
+    """A register that only moves forward. `rev`: the version of the last recall; only a recall moves a line back."""
 
     state: KitchenState = always(KitchenState.NEW)
     rev: Rev = 0
@@ -210,34 +211,34 @@ class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: Label
     ordered: Ordered
     unit_price: Money
-    """With options."""
+    """The price of one piece, including its options."""
     customizations: tuple[Customization, ...]
     seq: Annotated[int, Meta(ge=0, lt=2**53)]
     """The version that added it × 1,000 + the place in the request. Lines are sorted by (seq, id)."""
     added_at: Time
     special_instructions: Text | None
-    """P. This, course, seat and discount are one register, written by `rev`."""
+    """P. This field, `course`, `seat` and `discount` are one register; `rev` is the version that wrote it."""
     quantity: Pieces = always(0)
     line_total: Sum = always(0)
     discount_amount: Sum = 0
     tax_amount: Sum = always(0)
     net: Sum = always(0)
-    """What is paid for the line without tax, with its share of the service charge."""
+    """The price of the line after discounts and without tax, including its share of the service charge."""
     kitchen: Kitchen = always(Kitchen())
     added_by: Label | None = None
-    """None means who placed the order."""
+    """None means `placed_by` of the order."""
     consumes: tuple[Consumption, ...] = ()
     tax_category: Label | None = None
     """None means `standard`."""
     station_id: Id | None = None
     prep_minutes: Annotated[int, Meta(ge=0, le=600)] = 0
     held_at: Time | None = None
-    """The time from which the line holds its stock, if it is not `added_at`: no two additions share one, and the claim
-    may move it."""
+    """The time from which the line holds its stock; None means `added_at`. Each addition of lines has its own time, and
+    the claim may move it."""
     rev: Rev = 0
-    """0 means as added."""
+    """0 means that nobody has edited the line."""
     course: Course = 0
-    """0 means none: such lines are never held back."""
+    """0 means no course: such a line is never held back."""
     seat: Seat | None = None
     discount: Discount | None = None
     voids: tuple[Void, ...] = ()
@@ -247,7 +248,7 @@ class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RateTax(Struct, frozen=True):
-    """The tax of one rate, and the amount that it is a tax of, without the tax."""
+    """The tax of one rate. `base`: the amount that is taxed, without the tax."""
 
     rate_ppm: Annotated[int, Meta(ge=0, le=1_000_000)]
     base: Sum
@@ -255,7 +256,7 @@ class RateTax(Struct, frozen=True):
 
 
 class StockHold(Struct, frozen=True, omit_defaults=True):
-    """The amount of one inventory item that an order holds since a moment; None is the moment when it was created."""
+    """The amount of one inventory item that an order holds since `held_at`; None means since its creation."""
 
     inventory_item_id: Id
     quantity: Sum
@@ -302,12 +303,12 @@ class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
     deposit_used: Money = always(0)
     discount: Discount | None = None
     service: ServiceRate | None = None
-    """None means by the terms."""
+    """None means the service charge of the terms."""
     told: Told | None = None
     accepted: Mark | None = None
     deleted: Mark | None = None
     held_from: Time | None = None
-    """When the order was restored: its stock is held again from then on. Written together with `deleted`."""
+    """The time at which the order was restored; it holds its stock since then. Written together with `deleted`."""
     closed: Closed | None = None
     revs: dict[str, Version] = {}
 
@@ -316,7 +317,7 @@ class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
     payments: Annotated[tuple[Payment, ...], Meta(max_length=_MERGED)] = always(())
     prints: Annotated[tuple[Print, ...], Meta(max_length=_MERGED)] = ()
     flags: tuple[Label, ...] = ()
-    """What somebody should look at, such as `unverified_table`. Those in `DERIVED_FLAGS` are derived."""
+    """Problems that somebody should look at, such as `unverified_table`. The flags in `DERIVED_FLAGS` are derived."""
     erased_at: Time | None = None
     clock: dict[str, int] = {}
     """Installation -> the last row of its outbox that this state contains."""
@@ -332,18 +333,18 @@ class Order(Struct, frozen=True, kw_only=True, omit_defaults=True):
     service_tax: Sum = 0
     """The tax of a service charge that has a tax category of its own. The lines bear every other tax."""
     tax_basis_points: BasisPoints | None = always(None)
-    """None if there are several rates, or one that is no whole number of basis points."""
+    """None if there are several rates, or if the rate is no whole number of basis points."""
     tax_amount: Sum = always(0)
     tip_amount: Sum = always(0)
     """`tip` and the tips of the payments."""
     total: Sum = always(0)
     total_amount: Sum = always(0)
-    """The same as `total`: its name in the original systems."""
+    """The same as `total`; the original systems use this name."""
     taxes: tuple[RateTax, ...] = always(())
     due: Sum = always(0)
-    """What the order costs in the end: 0 if cancelled or deleted, else the total without credits."""
+    """The total less the credits, but never below 0. 0 if the order is cancelled or deleted."""
     balance: Balance = always(0)
-    """What is still to pay; negative if money is owed back."""
+    """The amount that is left to pay; negative if the restaurant owes money."""
     holds: tuple[StockHold, ...] = ()
 
 
@@ -359,7 +360,7 @@ REGISTERS: dict[str, tuple[str, ...]] = {
 """Register -> its fields."""
 
 PERSONAL = ("notes", "special_instructions", *CONTACT)
-"""The fields of an order that are marked P. Of a line: `special_instructions`."""
+"""The fields of an order that are marked P. A line has one: `special_instructions`."""
 
 LINES_AFTER_CLOSE = "lines_after_close"
 AMOUNTS_DO_NOT_ADD_UP = "amounts_do_not_add_up"

@@ -1,5 +1,5 @@
-"""The terms of an order: the taxes and the service charge of its restaurant at the moment when it was created. Changes
-of the settings alter no order that exists."""
+"""The terms of an order: the taxes and the service charge of its restaurant at the time of its creation. A later change
+of the settings does not change the order."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -11,7 +11,7 @@ from shared.entities.contract import Label
 BasisPoints = Annotated[int, Meta(ge=0, le=10_000)]
 """Hundredths of a percent: 1,000 is 10 %."""
 PartsPerMillion = Annotated[int, Meta(ge=0, le=1_000_000)]
-"""Of a tax rate: 88,750 is 8.875 %."""
+"""A tax rate: 88,750 is 8.875 %."""
 Guests = Annotated[int, Meta(ge=1, le=1_000)]
 
 STANDARD = "standard"
@@ -37,15 +37,15 @@ class TaxMode(StrEnum):
 
 class Rounding(StrEnum):
     ORDER = "order"
-    """The tax is rounded once for each rate, and spread over the lines."""
+    """The tax is rounded once for each rate and apportioned to the lines."""
     LINE = "line"
 
 
 class TaxedDiscounts(StrEnum):
     REDUCED_PRICE = "reduced_price"
-    """The tax is of what the guest pays (directive 2006/112/EC, art. 79)."""
+    """The tax is computed from the price that the guest pays (directive 2006/112/EC, art. 79)."""
     FULL_PRICE = "full_price"
-    """The tax is of the price before the order's discount. Exclusive taxes only."""
+    """The tax is computed from the price before the order's discount. Exclusive taxes only."""
 
 
 Rates = dict[str, PartsPerMillion]
@@ -63,7 +63,7 @@ class Tax(Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def added(cls, basis_points: int) -> "Tax":
-        """Returns one rate that is added to the full price, as in the original systems."""
+        """Returns a tax with one rate, which is added to the full price as in the original systems."""
         rates = {STANDARD: {DEFAULT: basis_points * 100}}
         return cls(discounts=TaxedDiscounts.FULL_PRICE, rates=rates)
 
@@ -74,7 +74,7 @@ class Tax(Struct, frozen=True, omit_defaults=True):
 
 
 class ServiceCharge(Struct, frozen=True, omit_defaults=True):
-    """A charge on orders of these types and from this number of guests on. `tax`: `as_lines` (each line bears its
+    """A charge on orders of these types with at least `min_guests` guests. `tax`: `as_lines` (each line bears its
     share), `untaxed`, or a tax category."""
 
     bp: BasisPoints
@@ -85,7 +85,7 @@ class ServiceCharge(Struct, frozen=True, omit_defaults=True):
 
 
 class Terms(Struct, frozen=True, omit_defaults=True):
-    """The currency is a field of the order itself."""
+    """The taxes and the service charge. The currency is a field of the order itself."""
 
     tax: Tax
     service_charge: ServiceCharge | None = None

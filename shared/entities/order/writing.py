@@ -1,4 +1,4 @@
-"""What all commands share: they write registers, find lines and keep the limits."""
+"""Functions for all commands: they write registers, find lines and check limits."""
 
 from typing import Any
 
@@ -14,8 +14,9 @@ ON_THE_HOUSE = 10_000
 
 
 def written(order: Order, act: Act, **fields: Any) -> Order:
-    """Returns the derived order with these fields, each of which is a register or a part of one. A register whose value
-    stays is not written, so that it overrules nobody in a merge. Returns the order itself if nothing changes."""
+    """Returns the derived order with these fields, each of which is a register or a part of one. A register with an
+    unchanged value keeps its rev, so that it overrules nothing in a merge. Returns the order itself if nothing
+    changes."""
     changed = {name for name, value in fields.items() if getattr(order, name) != value}
     if not changed:
         return order
@@ -28,7 +29,7 @@ def written(order: Order, act: Act, **fields: Any) -> Order:
 
 
 def line_of(order: Order, id_: str) -> Line:
-    """Raises Refused."""
+    """Returns the line with this id. Raises Refused: `unknown_item`."""
     for line in order.items:
         if line.id == id_:
             return line
@@ -36,7 +37,7 @@ def line_of(order: Order, id_: str) -> Line:
 
 
 def with_line(order: Order, act: Act, line: Line) -> Order:
-    """Returns the derived order with another state of one of its lines."""
+    """Returns the derived order with `line` in place of the line with the same id."""
     items = tuple(line if one.id == line.id else one for one in order.items)
     return derive(msgspec.structs.replace(order, items=items, updated_at=act.at))
 
@@ -53,13 +54,14 @@ def is_fired(line: Line) -> bool:
 
 
 def check_subtotal(order: Order) -> None:
-    """Raises Refused."""
+    """Raises Refused: `order_too_large`."""
     if order.subtotal > MAX_SUBTOTAL:
         raise invalid("order_too_large", "the order is too large", field="items")
 
 
 def check_discount(discount: Discount, price: int, field: str) -> None:
-    """`price`: the amount that the discount is taken from. Raises Refused."""
+    """`price`: the amount from which the discount is taken. Raises Refused: `invalid_discount`,
+    `discount_above_subtotal`."""
     if (discount.bp is None) == (discount.amount is None):
         raise invalid("invalid_discount", "give basis points or an amount", field=field)
     if discount.comp and discount.bp != ON_THE_HOUSE:
