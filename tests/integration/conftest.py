@@ -106,7 +106,7 @@ def marker() -> str:
 
 
 def _wait_for(system: System) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60  # the same time as `eventually`
     while not (seen := _ready(system))[0]:
         assert time.monotonic() < deadline, seen
         time.sleep(0.05)
