@@ -22,7 +22,7 @@ HOP_TIMEOUT_SECONDS = 20.0  # on an idle machine each hop takes milliseconds
 
 
 class DemoFailed(Exception):
-    """The demo order failed at some hop, or its event stream did. The message says what happened."""
+    """One hop of the demo order failed, or its event stream. The message says what happened."""
 
 
 @dataclass

@@ -55,7 +55,8 @@ class Checkpoint(Struct, frozen=True):
     """The last log entry that was read."""
     feed_xid: int
     feed_seq: int
-    """Changes up to (feed_xid, feed_seq) are in the log up to `log_at`; none of the later ones is before `log_low`."""
+    """The log up to `log_at` has all changes up to (feed_xid, feed_seq). No later change is in the log before
+    `log_low`."""
     counts: str = "{}"
     """The counts of the leader (LedgerTotals), as JSON."""
     at: datetime | None = None

@@ -1,4 +1,4 @@
-"""API keys of restaurants over HTTP: made, used, rolled, throttled and revoked."""
+"""API keys of restaurants over HTTP: made, used, rotated, throttled and revoked."""
 
 from collections.abc import AsyncIterator
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Requests whose bodies never end: they are ended, and do not keep honest clients out."""
+"""Requests with bodies that never arrive completely: the server ends them, and still serves honest clients."""
 
 import asyncio
 import json

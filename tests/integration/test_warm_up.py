@@ -375,7 +375,7 @@ async def test_lost_mirror_knows_the_keyed_creations_that_left_the_live_window(
     assert isinstance(await claim(mirrored, change(order(items=1)), ask=True), Claimed)
 
 
-async def test_creation_with_a_key_is_asked_to_look_until_the_mirror_knows_the_keys(
+async def test_claim_of_a_keyed_creation_returns_ask_until_the_mirror_knows_the_keys(
     mirrored: MirrorRig, redis: Redis
 ) -> None:
     await knows_keys(mirrored, redis)

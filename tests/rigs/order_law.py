@@ -1,4 +1,4 @@
-"""Orders under the law of prices, without any store, and random histories of them.
+"""Orders under the rules of prices, without any store, and random histories of them.
 
 `placed` opens an order. `histories` draws a history of one order: some commands, then two or three branches that know
 nothing of each other, as forks, offline terminals and imports make them.

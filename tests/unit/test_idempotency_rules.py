@@ -67,7 +67,7 @@ def test_key_decides_before_the_id(first: FactId, second: FactId, outcome: str) 
         second.check_repeat(earlier, "payment", same=True)
 
 
-def test_other_content_is_the_fault_of_the_key_or_else_of_the_id() -> None:
+def test_other_content_is_reported_for_the_key_or_without_a_key_for_the_id() -> None:
     for id_ in (BOTH, KEY_ALONE):
         with pytest.raises(InvalidInput) as reused:
             id_.check_repeat(fact(id_), "payment", same=False)

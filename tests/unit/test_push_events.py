@@ -43,7 +43,7 @@ def payload(event: PushEvent, *, of_one_order: bool = False) -> dict[str, Any]:
         ("restored", "status_update"),
     ],
 )
-def test_each_event_of_an_order_becomes_the_push_event_of_its_name(event: str, name: str) -> None:
+def test_each_order_event_becomes_the_push_event_of_the_same_name(event: str, name: str) -> None:
     made = pushed(change(order(), event=event))
     assert made.name(of_one_order=False) == payload(made)["eventType"] == name
 

@@ -1,4 +1,4 @@
-"""The changes in a message of the change log, as far as their events identify them. Pure."""
+"""Reads the changes in a message of the change log from the events that name them. Pure."""
 
 import re
 from typing import Any

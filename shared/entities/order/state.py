@@ -42,7 +42,7 @@ Rev = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 def always(default: Any) -> Any:
-    """Returns a field with a default that is nevertheless always encoded, because readers expect it."""
+    """Returns a field with a default that is always encoded, because readers expect it."""
     return field(default_factory=lambda: default)
 
 
