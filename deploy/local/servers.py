@@ -40,7 +40,7 @@ class Server(ABC):
     stop_signal = signal.SIGTERM
 
     def __init__(self, directory: Path, log: Path, ports: Mapping[str, int]) -> None:
-        """Creates no files and starts nothing. `ports` has each port by the name of the setting that moves it."""
+        """Creates no files and starts nothing. `ports` maps the name of each port setting to its port."""
         self.directory = directory.absolute()
         self.log = log.absolute()
         self._ports = ports

@@ -183,8 +183,9 @@ class VisibleFeed:
             else:
                 cursor = await connection.cursor(_NEWLY_VISIBLE, [str(one) for one in seen.running], str(seen.xmax))
             while rows := await cursor.fetch(self._page_changes):
-                # While all changes come in order, the position may move to each of them that no running transaction
-                # can precede. Otherwise earlier changes may follow, so that it moves at the end only.
+                # Without an earlier snapshot, a read returns all changes in order, so the position may advance to each
+                # change that no running transaction can precede. With one, a read returns only newly visible changes,
+                # which may precede changes of earlier reads, so the position advances only at the end.
                 passed = [row for row in rows if row["xid"] < snapshot.xmin] if seen is None else []
                 moved = _after(passed, self.position)
                 yield FeedPage(_changes(rows), moved, restarted)

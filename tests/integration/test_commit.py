@@ -387,8 +387,8 @@ async def test_creation_on_a_frozen_mirror_takes_a_number_of_the_instance(
 async def test_creation_whose_claim_may_exist_is_outcome_unknown(
     rig: VhostRail, vhost: Vhost, servers: Servers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The frozen mirror may have run the claim. The instance has neither a journal nor a number, and must not report a
-    failure."""
+    """The frozen mirror may have executed the claim. The instance can neither journal the creation nor reserve a number
+    for it, but it must not report that nothing was done."""
 
     async def broken(*_: Any) -> Any:
         raise JournalBroken("the disk is gone")

@@ -259,7 +259,7 @@ async def test_change_behind_a_lock_is_retried_while_others_are_written(make_rig
     locker = await asyncpg.connect(rig.settings.database_url)
     holding = locker.transaction()
     await holding.start()
-    # Another transaction could hold this lock.
+    # Simulates a transaction that holds a lock for longer than `database_timeout_seconds`.
     await locker.execute("lock table menu_items in access exclusive mode")
     stuck = change(menu_item())
     others = [change(order(items=1)) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""The SQLite connection of a journal, which a test may use itself, count and let fail."""
+"""A SQLite connection for a journal: a test can use it directly, count its commits and make statements fail."""
 
 import sqlite3
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Orders under the rules of prices, without any store, and random histories of them.
 
-`placed` opens an order. `histories` draws a history of one order: some commands, then two or three branches that know
-nothing of each other, as forks, offline terminals and imports make them.
+`placed` opens an order. `histories` draws a history of one order: some commands, then two or three independent
+branches, as forks, offline terminals and imports make them.
 """
 
 from collections.abc import Callable, Sequence

@@ -57,7 +57,7 @@ class Broker:
     ],
     ids=str,
 )
-async def test_an_answer_of_a_recovering_broker_is_retried(error: Exception) -> None:
+async def test_call_is_retried_while_the_broker_recovers(error: Exception) -> None:
     broker = Broker(error, 3)
     assert await until_ready(broker, within=HOUR, pause_after=at_once) == "ready"
     assert broker.questions == 4

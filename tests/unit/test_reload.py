@@ -40,7 +40,7 @@ async def test_changed_new_and_removed_source_files_are_reported_and_other_files
         turn = 0
         async with asyncio.timeout(60):
             while not seen >= expected:
-                # The watcher may look only after the first change, so the test changes the files again.
+                # The watcher misses changes that precede its first look, so the test repeats them.
                 turn += 1
                 (folder / "kept.py").write_text("1" * turn)
                 (folder / "note.txt").write_text("1" * turn)

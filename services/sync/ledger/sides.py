@@ -126,7 +126,7 @@ class Sides:
         return (xid, seq - 1) if self.feed else self.feed_position
 
     def overdue(self, before: float) -> Iterator[tuple[str, FeedOnly]]:
-        """Yields the changes that only the feed has since before this time."""
+        """Yields the changes that only the feed has and that were read from it before this time."""
         for change_id, found in self.feed.items():
             if found.seen_at <= before:
                 yield change_id, found
