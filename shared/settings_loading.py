@@ -98,8 +98,8 @@ def load(kind: type[S]) -> S:
 @contextmanager
 def exit_on_bad_settings(service: str | None = None) -> Iterator[None]:
     """Prints a SettingsError without a traceback and exits with code 1. Use it around the entry point of a process.
-    `service`: the name of a service in its log. If nobody watches its output on a terminal, that is a log file of JSON
-    lines, so the errors are one such line."""
+    `service`: the name of a service in its log. If its output is not a terminal, it is a log of JSON lines,
+    so the errors are one such line."""
     try:
         yield
     except SettingsError as error:

@@ -1,7 +1,8 @@
 """Payments and refunds.
 
 A payment is a fact: it is never changed. The balance is a sum, so it does not depend on the sequence of payments. The
-part of a refund that nobody owed lowers the cost of the order. It is the `credit` of the refund and is stored with it.
+part of a refund that exceeds the money owed back lowers the cost of the order. It is the
+`credit` of the refund and is stored with it.
 """
 
 from collections.abc import Sequence

@@ -169,7 +169,7 @@ class Payment(Struct, frozen=True, kw_only=True, omit_defaults=True):
     change: Money = 0
     refund_of: Id | None = None
     credit: Money = 0
-    """The part of a refund that nobody owed: it lowers the cost of the order."""
+    """The part of a refund that exceeds the money owed back: it lowers the cost of the order."""
     reason: Label | None = None
     business_day: date | None = None
     by: Label | None = None
@@ -236,7 +236,7 @@ class Line(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The time from which the line holds its stock; None means `added_at`. Each addition of lines has its own time, and
     the claim may move it."""
     rev: Rev = 0
-    """0 means that nobody has edited the line."""
+    """0 means that the line was never edited."""
     course: Course = 0
     """0 means no course: such a line is never held back."""
     seat: Seat | None = None
